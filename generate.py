@@ -1,0 +1,43 @@
+"""Generate text from a trained model.
+
+python generate.py configs/small.yml configs/local_setup.yml load=checkpoints -m 64 --temperature 0.8
+python generate.py CONFIG... --text_gen_type input-file -i prompts.txt -o samples.jsonl
+python generate.py CONFIG... --text_gen_type interactive
+torchrun --nproc-per-node 8 generate.py CONFIG... -i prompts.txt        8 GPUs share the prompts
+srun --ntasks-per-node 8 --gpus-per-node 8 python generate.py CONFIG... -i prompts.txt      Slurm
+"""
+
+import os
+import sys
+
+from neox.config import load_config, resolve_config_paths
+from neox.launch.arguments import parse_arguments
+from neox.launch.environment import detect, export
+from neox.launch.local import run_local
+from neox.launch.main import script_main
+
+
+def main(argv: list[str]) -> int:
+    """Run as the rank we are, or start the tensor-parallel ranks of this machine."""
+    arguments = parse_arguments("generate", argv)
+    placement = detect(os.environ)
+    files = resolve_config_paths(arguments.files, arguments.config_dir)
+    config = load_config(files, overrides=arguments.overrides)
+
+    from neox.inference.modes import run_generation
+    from neox.inference.session import join, replica_workers, without_pipeline
+
+    config = without_pipeline(config)
+    if placement is None:
+        workers = replica_workers(config, copies=False)
+        if workers > 1:
+            return run_local([sys.argv[0], *argv], workers=workers, environ=os.environ)
+    else:
+        export(placement, os.environ)
+    with join(config, placement) as mesh:
+        run_generation(config, mesh)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(script_main(main))

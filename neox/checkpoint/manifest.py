@@ -1,0 +1,146 @@
+"""What a native checkpoint says about itself.
+
+Layout of a folder of checkpoints:
+
+    latest                              text, "global_step<N>"; moved last
+    global_step<N>/manifest.json        this file's `Manifest`
+    global_step<N>/model-<rank>-<k>.safetensors     parameters, whole, under canonical names, in the model's dtype
+    global_step<N>/optimizer-<rank>-<k>.safetensors `<name>/<state>`: master (fp32 weights), exp_avg, exp_avg_sq, ...
+    global_step<N>/random-<rank>-<k>.safetensors    state of each rank's dropout stream
+    global_step<N>/configs/*.yml                  the configuration files as given
+
+Each tensor lies whole in the file of one rank; which rank says nothing about its content, so any layout can read
+what any other has written.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from neox.errors import CheckpointError
+
+FORMAT = "neox-native"
+VERSION = 1
+MANIFEST = "manifest.json"
+LATEST = "latest"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The process grid that wrote a checkpoint."""
+
+    pipe_parallel_size: int
+    data_parallel_size: int
+    model_parallel_size: int
+    zero_stage: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run had come.
+
+    Attributes:
+        iteration: optimizer steps tried, those skipped by fp16 overflow included.
+        consumed_samples: training sequences read.
+        schedule_step: updates made; the learning rate follows it.
+        optimizer_step: Adam's step count.
+        loss_scaler: state of fp16's dynamic loss scale; empty in other precisions.
+    """
+
+    iteration: int = 0
+    consumed_samples: int = 0
+    schedule_step: int = 0
+    optimizer_step: int = 0
+    loss_scaler: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything about a checkpoint but the tensors.
+
+    Attributes:
+        progress: where the run stood.
+        layout: who wrote it.
+        padded_vocab_size: size of the softmax.
+        precision: dtype of the model.
+        schedule: learning-rate schedule, for comparison on load.
+        optimizer: type of the optimizer, None where only weights were saved.
+        config: flat resolved configuration of the run.
+        files: bytes of each file.
+        tensors: file, shape and dtype of each tensor key.
+    """
+
+    progress: Progress
+    layout: Layout
+    padded_vocab_size: int
+    precision: str
+    schedule: dict[str, Any]
+    optimizer: str | None
+    config: dict[str, Any]
+    files: dict[str, int]
+    tensors: dict[str, dict[str, Any]]
+
+    def to_json(self) -> str:
+        """As text."""
+        return json.dumps({"format": FORMAT, "version": VERSION} | asdict(self), indent=1, default=str)
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """Read the manifest of one `global_step<N>` folder and check that its files are all there and whole.
+
+        Raises:
+            CheckpointError: if it is not a native checkpoint, or a file is missing or has another size.
+        """
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise CheckpointError(f"{folder}: not a native checkpoint, it has no {MANIFEST}")
+        try:
+            content = json.loads(path.read_text())
+        except ValueError as error:
+            raise CheckpointError(f"{path}: not valid JSON ({error}); the checkpoint is damaged") from None
+        if content.pop("format", None) != FORMAT or content.pop("version", None) != VERSION:
+            raise CheckpointError(
+                f"{path}: not a {FORMAT} checkpoint of version {VERSION}; use the release that wrote it"
+            )
+        for name, size in content["files"].items():
+            _check_size(folder / name, size)
+        content["progress"] = Progress(**content["progress"])
+        content["layout"] = Layout(**content["layout"])
+        return cls(**content)
+
+
+def _check_size(path: Path, size: int) -> None:
+    found = path.stat().st_size if path.is_file() else None
+    if found is None:
+        raise CheckpointError(f"{path}: missing; copy it from where the checkpoint was written")
+    if found != size:
+        raise CheckpointError(f"{path}: has {found} bytes, the manifest says {size}; copy it again")
+
+
+def checkpoint_folder(root: Path, iteration: int | None = None) -> Path | None:
+    """The folder of a checkpoint: that of `iteration`, or the one `latest` names; None where there is no `latest`.
+
+    Raises:
+        CheckpointError: if `latest` or `iteration` names a folder that is not there.
+    """
+    if iteration is None:
+        latest = root / LATEST
+        if not latest.is_file():
+            return None
+        tag = latest.read_text().strip()
+    else:
+        tag = f"global_step{iteration}"
+    folder = root / tag
+    replaced = root / f".{tag}.replaced"
+    if not folder.is_dir() and replaced.is_dir():
+        return replaced  # a run was killed between the two renames that save an iteration for the second time
+    if not folder.is_dir():
+        have = ", ".join(sorted(p.name for p in root.glob("global_step*"))) or "none"
+        raise CheckpointError(f"{folder}: no such checkpoint; {root} has: {have}")
+    return folder
+
+
+def is_native(folder: Path) -> bool:
+    """Whether a `global_step<N>` folder is in the native format."""
+    return (folder / MANIFEST).is_file()

@@ -1,0 +1,61 @@
+"""What every source of weights offers, whatever its format on disk."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from neox.errors import CheckpointError
+
+
+class WeightReader(Protocol):
+    """Logical tensors under canonical names, `layers.<disk index>.<name>`."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the files are."""
+        ...
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Size of the softmax, V."""
+        ...
+
+    def names(self) -> list[str]:
+        """Canonical names of all parameters, in the order of the layers."""
+        ...
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each parameter, without reading any."""
+        ...
+
+    def __contains__(self, name: str) -> bool:
+        """Whether there is a parameter of that name."""
+        ...
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read a whole parameter on the CPU, in the dtype of the file."""
+        ...
+
+    def weight(self, name: str, shape: torch.Size) -> torch.Tensor:
+        """Read the same, checked against the shape a model wants."""
+        ...
+
+
+def check_shape(folder: Path, name: str, found: Sequence[int], wanted: Sequence[int]) -> None:
+    """Compare the shape of a parameter with the one a model wants.
+
+    Raises:
+        CheckpointError: naming both.
+    """
+    if tuple(found) != tuple(wanted):
+        raise CheckpointError(
+            f"{folder}: {name} has shape {list(found)}, the configuration asks for {list(wanted)}; "
+            "use the configuration the checkpoint was trained with"
+        )
+
+
+def missing_tensor(folder: Path, name: str) -> CheckpointError:
+    """Return the error for a parameter that a checkpoint does not have."""
+    return CheckpointError(f"{folder}: has no tensor {name}; it was saved from another kind of model")

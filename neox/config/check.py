@@ -1,0 +1,133 @@
+"""Checks of single keys: is it known, may it be set, has its value the right type."""
+
+from typing import Any
+
+from pydantic import ValidationError
+
+from neox.config.keys import Key, Section, Status, mismatch
+from neox.config.problems import Problems, did_you_mean
+from neox.config.schema import SECTIONS, Place, fields_with_keys, known_keys, other_keys, places
+
+_OFTEN_MEANT = {
+    "save_interval": "checkpoint_factor",
+    "warmup_iters": "warmup",
+    "decay_lr_to": "min_lr",
+    "attention_type": "attention_config",
+    "autotuning_config": "autotuning",
+    "gas": "gradient_accumulation_steps",
+}
+
+_EXPECTED = {
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "dict_type": "a mapping",
+    "tuple_type": "a list",
+}
+_BOUND = {
+    "greater_than": ("gt", "more than"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "less than"),
+    "less_than_equal": ("le", "at most"),
+}
+
+
+def drop_unset(values: dict[str, Any]) -> dict[str, Any]:
+    """Leave out keys set to null: that is the same as not setting them."""
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def check_other_keys(values: dict[str, Any], problems: Problems) -> list[str]:
+    """Check the keys that no section reads; return the notices they cause."""
+    notices = []
+    for name, value in values.items():
+        if name in other_keys():
+            notices.extend(_check_other(other_keys()[name], value, values, problems))
+        elif name not in known_keys():
+            problems.add(name, f"unknown key{_suggestion(name)}")
+    return notices
+
+
+def _suggestion(name: str) -> str:
+    if name in _OFTEN_MEANT:
+        return f"; did you mean {_OFTEN_MEANT[name]!r}?"
+    return did_you_mean(name, sorted(known_keys())) or "; remove it"
+
+
+def _check_other(key: Key, value: Any, values: dict[str, Any], problems: Problems) -> list[str]:
+    if key.status is Status.INTERNAL:
+        problems.add(key.name, f"cannot be set; {key.instead}")
+        return []
+    inactive = key.is_inactive(value, values)
+    if key.status is Status.NOT_YET:
+        if not inactive:
+            default = "null" if key.default is None else repr(key.default)
+            what = key.description.rstrip(".")
+            problems.add(key.name, f"{value!r} is not supported yet ({what}); remove the key or set it to {default}")
+        return []
+    wrong = mismatch(value, key.kind)
+    if wrong:
+        problems.add(key.name, wrong)
+    place = problems.place(key.name)
+    where = f"{place}: {key.name}" if place else key.name
+    if key.status is Status.DEAD:
+        return [f"{where} has no effect: it is not used"]
+    return [f"{where} has no effect here: results are the same without it"] if key.announce and not inactive else []
+
+
+def read_sections(values: dict[str, Any], problems: Problems) -> dict[str, Section]:
+    """Read every section with its types; mistakes are collected and leave their section out."""
+    _check_nesting(values, problems)
+    sections: dict[str, Section] = {}
+    for name, section in SECTIONS.items():
+        known = {place.field: place for place in places(name)}
+        found = {field: _dig(values, place.key) for field, place in known.items()}
+        try:
+            sections[name] = section.model_validate({k: v for k, v in found.items() if v is not None})
+        except ValidationError as error:
+            for detail in error.errors(include_url=False, include_context=True):
+                place = known[str(detail["loc"][0])]
+                problems.add(place.key, _explain(dict(detail), place, found[place.field]))
+    return sections
+
+
+def _check_nesting(values: dict[str, Any], problems: Problems) -> None:
+    """Check the keys that are mappings of fields, such as optimizer: {type, params}."""
+    nested: dict[str, set[str]] = {}
+    for _, place in fields_with_keys():
+        top, dot, inner = place.key.partition(".")
+        if dot:
+            nested.setdefault(top, set()).add(inner)
+    for top, known in nested.items():
+        value = values.get(top, {})
+        if not isinstance(value, dict):
+            problems.add(top, f"expected a mapping with {' and '.join(sorted(known, reverse=True))}, got {value!r}")
+            continue
+        for inner in value:
+            if inner not in known:
+                mend = did_you_mean(str(inner), sorted(known)) or "; remove it or move it into params"
+                problems.add(f"{top}.{inner}", f"unknown key{mend}")
+
+
+def _dig(values: dict[str, Any], key: str) -> Any:
+    value: Any = values
+    for step in key.split("."):
+        value = value.get(step) if isinstance(value, dict) else None
+    return value
+
+
+def _explain(detail: dict[str, Any], place: Place, whole: Any) -> str:
+    kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
+    if kind == "missing":
+        return "required but not set; add it to a configuration file"
+    if kind in _BOUND:
+        name, words = _BOUND[kind]
+        return f"expected {words} {context[name]:g}, got {value!r}"
+    if kind == "literal_error":
+        known = str(value).lower() in place.extra["upstream"]
+        return f"{value!r} is {'not supported yet' if known else 'unknown'}; supported: {context['expected']}"
+    expected = _EXPECTED.get(kind, detail["msg"])
+    inside = f" in {whole!r}" if whole is not value and isinstance(whole, list | tuple) else ""
+    return f"expected {expected}, got {value!r}{inside}"

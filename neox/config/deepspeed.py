@@ -1,0 +1,126 @@
+"""What is handed to DeepSpeed as it stands."""
+
+from typing import Annotated, Any, Literal
+
+from neox.config.keys import Float, Lower, Section, internal, no_effect, not_yet, setting
+
+_Mapping = dict[str, Any]
+
+
+class DeepSpeedConfig(Section):
+    """Sections of DeepSpeed's own configuration; absent sections are None."""
+
+    zero_optimization: _Mapping | None = setting(None, "ZeRO: stage, buckets, offload; absent: stage 0.")
+    fp16: _Mapping | None = setting(None, "fp16 and its loss scale.")
+    bf16: _Mapping | None = setting(None, "bf16.")
+    data_types: _Mapping | None = setting(None, "grad_accum_dtype: type that gradients are summed in.")
+    communication_data_type: Annotated[Literal["fp32", "fp16", "bf16"], Lower] | None = setting(
+        None, "Type that gradients are reduced in; absent: fp32 for bf16, else the model's."
+    )
+    fp32_allreduce: bool = setting(False, "Reduce gradients in fp32.")
+    prescale_gradients: bool = setting(False, "Divide gradients before they are reduced.")
+    gradient_predivide_factor: Float = setting(1.0, "Factor of prescale_gradients.", gt=0)
+    dump_state: bool = setting(False, "Print DeepSpeed's state at the start.")
+    flops_profiler: _Mapping | None = setting(None, "DeepSpeed's profiler of operations.")
+    comms_logger: _Mapping | None = setting(None, "DeepSpeed's log of communication.")
+    tensorboard: _Mapping | None = setting(None, "DeepSpeed's TensorBoard monitor.")
+    wandb: _Mapping | None = setting(None, "DeepSpeed's Weights & Biases monitor.")
+    csv_monitor: _Mapping | None = setting(None, "DeepSpeed's CSV monitor.")
+    deepspeed_extra_args: _Mapping | None = setting(None, "Any further keys of DeepSpeed's configuration.")
+
+
+OTHER_KEYS = (
+    no_effect("deepspeed", Literal[True], True, "DeepSpeed is always the engine."),
+    internal("curriculum_seqlen", int, "Current length of the curriculum.", instead="leave it out"),
+    not_yet("sparse_gradients", bool, False, "Sparse gradients of embeddings."),
+    not_yet("amp", dict, None, "Mixed precision by apex."),
+    not_yet("curriculum_learning", dict, None, "Curriculum of sequence lengths."),
+    not_yet("activation_checkpointing", dict, None, "DeepSpeed's activation checkpointing."),
+    not_yet("data_efficiency", dict, None, "DeepSpeed's data efficiency."),
+    not_yet("elasticity", dict, None, "DeepSpeed's elastic training."),
+    not_yet("compression_training", dict, None, "DeepSpeed's compression."),
+    not_yet("checkpoint", dict, None, "DeepSpeed's own checkpoints."),
+)
+
+ZERO_KEYS = frozenset(
+    [
+        "stage",
+        "contiguous_gradients",
+        "reduce_scatter",
+        "reduce_bucket_size",
+        "use_multi_rank_bucket_allreduce",
+        "allgather_partitions",
+        "allgather_bucket_size",
+        "overlap_comm",
+        "compute_grad_norm",
+        "load_from_fp32_weights",
+        "elastic_checkpoint",
+        "offload_param",
+        "offload_optimizer",
+        "zenflow",
+        "sub_group_size",
+        "cpu_offload_param",
+        "cpu_offload_use_pin_memory",
+        "cpu_offload",
+        "prefetch_bucket_size",
+        "param_persistence_threshold",
+        "model_persistence_threshold",
+        "max_live_parameters",
+        "max_reuse_distance",
+        "gather_16bit_weights_on_model_save",
+        "module_granularity_threshold",
+        "use_all_reduce_for_fetch_params",
+        "allgather_sequential",
+        "stage3_gather_fp16_weights_on_model_save",
+        "ignore_unused_parameters",
+        "legacy_stage1",
+        "round_robin_gradients",
+        "parameter_alignment",
+        "zero_hpz_partition_size",
+        "zero_quantized_weights",
+        "zero_quantized_nontrainable_weights",
+        "zero_quantized_gradients",
+        "memory_efficient_linear",
+        "pipeline_loading_checkpoint",
+        "override_module_apply",
+        "log_trace_cache_warnings",
+        "enable_sanity_checks",
+        "save_muon_momentum_buffer_in_memory",
+        "leaf_module",
+        "stage3_prefetch_bucket_size",
+        "stage3_param_persistence_threshold",
+        "stage3_model_persistence_threshold",
+        "stage3_max_live_parameters",
+        "stage3_max_reuse_distance",
+        "stage3_gather_16bit_weights_on_model_save",
+        "stage3_module_granularity_threshold",
+        "stage3_use_all_reduce_for_fetch_params",
+        "stage3_allgather_sequential",
+    ]
+)
+"""Keys of DeepSpeed's zero_optimization, so that a misspelt one is found before anything starts."""
+
+FP16_KEYS = frozenset(
+    [
+        "enabled",
+        "auto_cast",
+        "loss_scale",
+        "initial_scale_power",
+        "loss_scale_window",
+        "hysteresis",
+        "consecutive_hysteresis",
+        "min_loss_scale",
+        "fp16_master_weights_and_grads",
+    ]
+)
+BF16_KEYS = frozenset(
+    [
+        "enabled",
+        "immediate_grad_update",
+        "check_grad_overflow",
+        "bf16_master_weights_and_grads",
+        "bf16_optimizer_states",
+    ]
+)
+FP16_LEFTOVERS = frozenset({"fp16", "type"})
+"""Keys that upstream's files carry inside fp16 and that DeepSpeed refuses."""

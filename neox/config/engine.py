@@ -1,0 +1,93 @@
+"""The configuration that DeepSpeed gets."""
+
+from copy import deepcopy
+from typing import Any
+
+from neox.config.config import Config
+from neox.config.deepspeed import FP16_LEFTOVERS
+from neox.config.problems import Problems
+from neox.errors import ConfigError
+
+_PASSED_ON = ("flops_profiler", "comms_logger", "tensorboard", "wandb", "csv_monitor")
+_PASSED_ON_WHEN_SET = ("prescale_gradients", "gradient_predivide_factor", "dump_state")
+
+
+def deepspeed_dict(config: Config) -> dict[str, Any]:
+    """Return what `deepspeed.initialize` gets.
+
+    Values are written out even where they equal a default: DeepSpeed's defaults are not upstream's, e.g. its
+    gradient clipping is 1.0 when nothing is said.
+
+    Raises:
+        ConfigError: the batch is not resolved, or deepspeed_extra_args contradicts another key.
+    """
+    batch = config.batch
+    if not batch.train_batch_size:
+        raise ConfigError("train_batch_size: not known before the number of processes is; call with_world_size first")
+    result: dict[str, Any] = {
+        "train_batch_size": batch.train_batch_size,
+        "train_micro_batch_size_per_gpu": batch.train_micro_batch_size_per_gpu,
+        "gradient_accumulation_steps": batch.gradient_accumulation_steps,
+        "gradient_clipping": config.optimizer.gradient_clipping,
+        "steps_per_print": config.logging.steps_per_print,
+        "wall_clock_breakdown": config.logging.wall_clock_breakdown,
+        # DeepSpeed's own meter waits for the device twice in every micro-batch.
+        "timers": {"throughput": {"enabled": False}},
+        "zero_optimization": _zero(config),
+        # Our own torch optimizer is passed in, so DeepSpeed need not know it nor compile one.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        # Scattering stage inputs over tensor ranks takes them for replicas; sequence parallelism breaks that.
+        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
+        **_precision(config),
+    }
+    given = config.deepspeed
+    result |= {key: deepcopy(value) for key in _PASSED_ON if (value := getattr(given, key)) is not None}
+    result |= {key: getattr(given, key) for key in _PASSED_ON_WHEN_SET if key in given.model_fields_set}
+    problems = Problems(config.sources)
+    _merge_extra(result, given.deepspeed_extra_args or {}, "deepspeed_extra_args", problems)
+    problems.raise_any()
+    return result
+
+
+def _zero(config: Config) -> dict[str, Any]:
+    zero = deepcopy(config.deepspeed.zero_optimization or {})
+    zero["stage"] = config.parallel.zero_stage
+    # Names that DeepSpeed has retired, still found in upstream's files.
+    for old, new in (("cpu_offload", "offload_optimizer"), ("cpu_offload_param", "offload_param")):
+        if zero.pop(old, False):
+            zero.setdefault(new, {"device": "cpu"})
+    return zero
+
+
+def _precision(config: Config) -> dict[str, Any]:
+    given, precision = config.deepspeed, config.model.precision
+    fp16 = {key: value for key, value in (given.fp16 or {}).items() if key not in FP16_LEFTOVERS}
+    sections: dict[str, Any] = {
+        "fp16": {**deepcopy(fp16), "enabled": precision == "fp16"},
+        "bf16": {**deepcopy(given.bf16 or {}), "enabled": precision == "bfloat16"},
+    }
+    data_types = deepcopy(given.data_types or {})
+    communication = given.communication_data_type
+    if precision == "bfloat16":
+        # Eight bits of mantissa lose small gradients when many micro-batches or ranks are summed.
+        data_types.setdefault("grad_accum_dtype", "fp32")
+        communication = communication or "fp32"
+    if given.fp32_allreduce:
+        communication = communication or "fp32"
+    if data_types:
+        sections["data_types"] = data_types
+    if communication:
+        sections["communication_data_type"] = communication
+    return sections
+
+
+def _merge_extra(result: dict[str, Any], extra: dict[str, Any], path: str, problems: Problems) -> None:
+    for key, value in extra.items():
+        here = f"{path}.{key}"
+        if isinstance(value, dict) and isinstance(result.get(key), dict):
+            _merge_extra(result[key], value, here, problems)
+        elif key in result and result[key] != value:
+            problems.add(here, f"{value!r} contradicts {result[key]!r}, which the other keys give; remove it here")
+        else:
+            result[key] = deepcopy(value)

@@ -1,0 +1,35 @@
+"""Text generation and evaluation."""
+
+from typing import Literal
+
+from neox.config.keys import Float, Int, Section, Strings, not_yet, setting
+
+
+class GenerationConfig(Section):
+    """How text is sampled."""
+
+    text_gen_type: Literal["unconditional", "input-file", "interactive"] | None = setting(
+        None,
+        "Where prompts come from; absent: sample_input_file if given, else none.",
+        upstream=("precompute",),
+    )
+    temperature: Float = setting(0.0, "Temperature; 0 takes the likeliest token.", ge=0)
+    top_p: Float = setting(0.0, "Nucleus that tokens are drawn from; 0 is off.", ge=0, le=1)
+    top_k: Int = setting(0, "Number of likeliest tokens to draw from; 0 is off.", ge=0)
+    return_logits: bool = setting(False, "Write the logits too.")
+    maximum_tokens: Int = setting(64, "New tokens of one prompt.", gt=0)
+    prompt_end: str = setting("\n", "What ends a prompt in an interactive session.")
+    sample_input_file: str | None = setting(None, "Prompts, one a line.")
+    sample_output_file: str = setting("samples.txt", "JSON lines of the results.")
+    num_samples: Int = setting(1, "Number of unconditional samples.", gt=0)
+    recompute: bool = setting(False, "Generate without a cache of keys and values.")
+
+
+class EvaluationConfig(Section):
+    """Which tasks are evaluated."""
+
+    eval_tasks: Strings | None = setting(None, "Tasks of lm-evaluation-harness.")
+    eval_results_prefix: str = setting("", "Prefix of the results file.")
+
+
+OTHER_KEYS = (not_yet("precompute_model_name", str, None, "Suffix of precomputed log-probabilities."),)

@@ -1,0 +1,167 @@
+"""The vocabulary of the configuration: value types, and what is known of every key.
+
+A key is declared once: as a field of a section (a setting that something reads, made by `setting`), or as a
+row of its topic's `OTHER_KEYS` (a key that is accepted, retired, internal or not supported yet).
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+class Status(StrEnum):
+    """What setting a key does."""
+
+    HONOURED = "honoured"
+    DERIVED = "derived"
+    """Computed from other keys; has a field but cannot be set."""
+    NO_EFFECT = "accepted: no effect on results"
+    DEAD = "accepted: unused upstream and here"
+    INTERNAL = "internal: cannot be set"
+    NOT_YET = "not supported yet"
+
+
+@dataclass(frozen=True)
+class Key:
+    """One flat YAML key that no section reads.
+
+    Args:
+        name: the key, with underscores.
+        kind: type of its value: a builtin type or a `Literal`.
+        default: its value when absent, which is also its inactive value.
+        description: what it asks for.
+        status: what setting it does.
+        instead: for internal keys, what to set or do instead.
+        same_as: name of another key; being equal to that key's value is inactive too.
+        announce: whether an active value is announced although it changes nothing.
+    """
+
+    name: str
+    kind: Any
+    default: Any
+    description: str
+    status: Status
+    instead: str = ""
+    same_as: str = ""
+    announce: bool = False
+
+    def is_inactive(self, value: Any, values: dict[str, Any]) -> bool:
+        """Whether `value` asks for nothing, given all `values` of the configuration."""
+        if value == self.default or (self.same_as and value == values.get(self.same_as)):
+            return True
+        if isinstance(value, dict):
+            return not value or value.get("enabled") is False
+        # A default of True means that False is a request.
+        return self.default is not True and (value is False or value in ("", []))
+
+
+def no_effect(name: str, kind: Any, default: Any, description: str, *, announce: bool = False) -> Key:
+    """Declare a key that changes speed or memory upstream and nothing here."""
+    return Key(name, kind, default, description, Status.NO_EFFECT, announce=announce)
+
+
+def dead(name: str, kind: Any, default: Any, description: str) -> Key:
+    """Declare a key that upstream accepts and never reads."""
+    return Key(name, kind, default, description, Status.DEAD)
+
+
+def internal(name: str, kind: Any, description: str, *, instead: str) -> Key:
+    """Declare a key that upstream writes itself; `instead` tells the user what to do."""
+    return Key(name, kind, None, description, Status.INTERNAL, instead=instead)
+
+
+def not_yet(name: str, kind: Any, default: Any, description: str, *, same_as: str = "") -> Key:
+    """Declare a key that is refused unless its value is inactive."""
+    return Key(name, kind, default, description, Status.NOT_YET, same_as=same_as)
+
+
+def setting(default: Any, description: str, *, key: str = "", upstream: tuple[str, ...] = (), **bounds: Any) -> Any:
+    """Declare a field of a section, read from a YAML key.
+
+    Args:
+        default: value when the key is absent; `...` makes the key required.
+        description: what it does, with its unit.
+        key: dotted place in the YAML when it is not the field's own name, e.g. `optimizer.type`.
+        upstream: values that upstream knows and that are not supported yet.
+        bounds: pydantic's `gt`, `ge`, `lt`, `le`.
+    """
+    extra: dict[str, Any] = {"status": Status.HONOURED, "key": key, "upstream": upstream}
+    return Field(default, description=description, json_schema_extra=extra, **bounds)
+
+
+def derived(default: Any, description: str) -> Any:
+    """Declare a field that is computed and cannot be set."""
+    extra: dict[str, Any] = {"status": Status.DERIVED, "key": "", "upstream": ()}
+    return Field(default, description=description, json_schema_extra=extra)
+
+
+class Section(BaseModel):
+    """A frozen group of settings. Types are strict: text is no number, and true is no number either."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+def whole_number(value: Any) -> Any:
+    """Read 1e5 or 1000.0 as an integer; leave anything else to the type check."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def number(value: Any) -> Any:
+    """Read a quoted number such as "1e-8" as a float; leave anything else to the type check."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
+def as_tuple(value: Any) -> Any:
+    """Freeze a list."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def lower(value: Any) -> Any:
+    """Spell a name in lower case, so that names are case-insensitive."""
+    return value.lower() if isinstance(value, str) else value
+
+
+Int = Annotated[int, BeforeValidator(whole_number)]
+Float = Annotated[float, BeforeValidator(number)]
+Strings = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
+Floats = Annotated[tuple[Float, ...], BeforeValidator(as_tuple)]
+Ints = Annotated[tuple[Int, ...], BeforeValidator(as_tuple)]
+Lower = BeforeValidator(lower)
+
+_WORDS = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "a mapping",
+}
+
+
+def mismatch(value: Any, kind: Any) -> str:
+    """Say in words how `value` fails to be of `kind`; empty if it fits."""
+    if get_origin(kind) is Literal:
+        choices = get_args(kind)
+        fits = value in choices and type(value) in {type(choice) for choice in choices}
+        return "" if fits else f"expected {' or '.join(map(repr, choices))}, got {value!r}"
+    kinds = get_args(kind) or (kind,)
+    if any(_fits(value, one) for one in kinds):
+        return ""
+    return f"expected {' or '.join(_WORDS[one] for one in kinds)}, got {value!r}"
+
+
+def _fits(value: Any, kind: type) -> bool:
+    if kind is float:
+        value = number(value)
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        value = whole_number(value)
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind)

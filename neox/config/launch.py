@@ -1,0 +1,35 @@
+"""Where processes are started, and by what."""
+
+from typing import Annotated, Literal
+
+from neox.config.keys import Int, Lower, Section, dead, internal, not_yet, setting
+
+
+class LaunchConfig(Section):
+    """Hosts and launchers."""
+
+    hostfile: str | None = setting(None, "File of lines `HOST slots=N`.")
+    include: str | None = setting(None, "Hosts and slots to use, e.g. host1:0,1@host2.")
+    exclude: str | None = setting(None, "Hosts and slots to leave out.")
+    num_nodes: Int = setting(-1, "Number of hosts to use; -1 is all.", ge=-1)
+    num_gpus: Int | None = setting(None, "Processes of each host; absent: all its devices.", gt=0)
+    master_port: Int = setting(29500, "Port where processes meet.", gt=0, lt=65536)
+    master_addr: str | None = setting(None, "Address where processes meet.")
+    launcher: Annotated[Literal["pdsh", "openmpi", "mvapich", "slurm"], Lower] = setting(
+        "pdsh", "How processes are started on other hosts."
+    )
+    force_multi: bool = setting(False, "Use the launcher for a single host too.")
+    no_ssh_check: bool = setting(False, "Do not try ssh beforehand.")
+    comment: str | None = setting(None, "Slurm's --comment.")
+    account: str | None = setting(None, "Slurm's --account.")
+    deepspeed_slurm: bool = setting(False, "Take ranks from Slurm.")
+    deepspeed_mpi: bool = setting(False, "Take ranks from MPI.")
+
+
+OTHER_KEYS = (
+    internal("user_script", str, "Script that is launched.", instead="name the script on the command line"),
+    not_yet("autotuning_run", Literal["tune", "run"], None, "DeepSpeed's autotuner."),
+    not_yet("autotuning", dict, None, "Settings of DeepSpeed's autotuner."),
+    dead("deepscale", bool, False, "A retired engine."),
+    dead("deepscale_config", str, None, "A retired engine's settings."),
+)

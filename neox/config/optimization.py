@@ -1,0 +1,81 @@
+"""The batch, the optimizer and the learning rate."""
+
+from typing import Annotated, Any, Literal
+
+from neox.config.keys import Float, Int, Lower, Section, dead, derived, internal, not_yet, setting
+
+
+class BatchConfig(Section):
+    """train_batch_size = micro batch x accumulation steps x data-parallel size; 0 while not known."""
+
+    train_batch_size: Int = setting(0, "Sequences of one optimizer step.", gt=0)
+    train_micro_batch_size_per_gpu: Int = setting(0, "Sequences of one forward pass on one process.", gt=0)
+    gradient_accumulation_steps: Int = setting(
+        0, "Forward passes of one optimizer step; absent: whatever the other two imply, or 1.", gt=0
+    )
+
+
+class OptimizerConfig(Section):
+    """The rule that updates parameters."""
+
+    type: Annotated[Literal["adam", "adamw", "sgd"], Lower] = setting(
+        "adam",
+        "Adam and AdamW are one and the same: decoupled weight decay.",
+        key="optimizer.type",
+        upstream=("onebitadam", "cpu_adam", "cpu_torch_adam", "sm3", "madgrad_wd", "lion"),
+    )
+    params: dict[str, Any] = setting(
+        {}, "Arguments of the optimizer: lr, betas, eps, momentum.", key="optimizer.params"
+    )
+    lr: float = derived(0.0, "Peak learning rate, from optimizer.params.lr; 0 when no optimizer is given.")
+    is_given: bool = derived(False, "Whether the configuration names an optimizer at all.")
+    weight_decay: Float = setting(0.1, "Weight decay of matrices; norms and biases have none.", ge=0)
+    gradient_clipping: Float = setting(1.0, "Largest global L2 norm of the gradients; 0 does not clip.", ge=0)
+
+
+class ScheduleConfig(Section):
+    """The learning rate over the iterations."""
+
+    lr_decay_style: Annotated[Literal["constant", "linear", "cosine", "exponential", "inverse_sqrt"], Lower] = setting(
+        "linear", "Shape of the decay after warmup."
+    )
+    lr_decay_iters: Int = setting(
+        0, "Iteration where min_lr is reached; absent: lr_decay_fraction x train_iters, or train_iters.", gt=0
+    )
+    lr_decay_fraction: Float | None = setting(None, "Iteration where min_lr is reached, over train_iters.", gt=0, le=1)
+    min_lr: Float = setting(0.0, "Floor of the learning rate.", ge=0)
+    warmup: Float = setting(0.01, "Share of lr_decay_iters that is linear warmup, 0 to 1.", ge=0, le=1)
+    override_lr_scheduler: bool = setting(False, "When loading, take this schedule and not the saved one.")
+    use_checkpoint_lr_scheduler: bool = setting(False, "When loading, take the saved schedule and not this one.")
+
+
+_ZERO = "set it inside zero_optimization"
+
+OTHER_KEYS = (
+    internal("batch_size", int, "Micro batch.", instead="set train_micro_batch_size_per_gpu"),
+    internal("optimizer_type", str, "Name of the optimizer.", instead="set optimizer.type"),
+    internal("lr", float, "Peak learning rate.", instead="set optimizer.params.lr"),
+    internal("clip_grad", float, "Largest gradient norm.", instead="set gradient_clipping"),
+    internal("zero_stage", int, "ZeRO stage.", instead="set zero_optimization.stage"),
+    internal("zero_reduce_scatter", bool, "ZeRO's reduce_scatter.", instead=_ZERO),
+    internal("zero_contiguous_gradients", bool, "ZeRO's contiguous_gradients.", instead=_ZERO),
+    internal("zero_reduce_bucket_size", int, "ZeRO's reduce_bucket_size.", instead=_ZERO),
+    internal("zero_allgather_bucket_size", int, "ZeRO's allgather_bucket_size.", instead=_ZERO),
+    internal(
+        "dynamic_loss_scale",
+        bool,
+        "Whether the loss scale moves.",
+        instead="set fp16.loss_scale (0 is dynamic)",
+    ),
+    internal("loss_scale", float, "Static loss scale.", instead="set fp16.loss_scale"),
+    dead("hysteresis", int, 2, "Patience of the loss scale; fp16.hysteresis is the one that works."),
+    dead(
+        "loss_scale_window",
+        float,
+        1000.0,
+        "Window of the loss scale; fp16.loss_scale_window is the one that works.",
+    ),
+    dead("min_scale", float, 1.0, "Smallest loss scale; fp16.min_loss_scale is the one that works."),
+    not_yet("scheduler", dict, None, "A learning-rate schedule of DeepSpeed's."),
+    not_yet("use_bnb_optimizer", bool, False, "Adam with 8-bit state."),
+)

@@ -1,0 +1,45 @@
+"""Collecting the mistakes of a configuration, each with its place."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from neox.errors import ConfigError
+
+NO_PLACE = ("default", "given")
+"""Sources that are no place in a file: not set at all, or set by a Python mapping."""
+
+
+@dataclass
+class Problems:
+    """Mistakes found so far. `sources` maps a dotted key to the place where it was set."""
+
+    sources: Mapping[str, str]
+    lines: list[str] = field(default_factory=list)
+
+    def place(self, key: str) -> str:
+        """Where `key`, or the nearest mapping around it, was set; empty if nowhere."""
+        while key:
+            if key in self.sources:
+                place = self.sources[key]
+                return "" if place in NO_PLACE else place
+            key = key.rpartition(".")[0]
+        return ""
+
+    def add(self, key: str, message: str) -> None:
+        """Note a mistake in `key`."""
+        place = self.place(key)
+        line = f"{place}: {key}: {message}" if place else f"{key}: {message}"
+        if line not in self.lines:
+            self.lines.append(line)
+
+    def raise_any(self) -> None:
+        """Raise ConfigError with one line a mistake, if there is one."""
+        if self.lines:
+            raise ConfigError("\n".join(self.lines))
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Ask for the nearest known name, as text to append to a message; nothing if none is near."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""

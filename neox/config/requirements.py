@@ -1,0 +1,28 @@
+"""What training needs beyond a configuration that merely loads."""
+
+from neox.config.config import Config
+from neox.config.problems import Problems
+
+_NEEDS_VOCABULARY = ("GPT2BPETokenizer", "HFTokenizer", "SPMTokenizer")
+
+
+def check_training(config: Config) -> None:
+    """Check that nothing is missing for training; counting parameters or generating text needs none of it.
+
+    Raises:
+        ConfigError: with one line for each missing key.
+    """
+    problems = Problems({})
+    if not config.optimizer.is_given:
+        problems.add("optimizer", "training needs one; add optimizer: {type: Adam, params: {lr: 6.0e-4}}")
+    if config.training.train_iters is None and config.training.train_epochs is None:
+        problems.add("train_iters", "training needs a length; set train_iters or train_epochs")
+    if config.data.data_path is None and config.data.train_data_paths is None:
+        problems.add("data_path", "training needs data; set data_path, or train_, valid_ and test_data_paths")
+    if not (config.batch.train_batch_size or config.batch.train_micro_batch_size_per_gpu):
+        problems.add("train_batch_size", "training needs a batch; set it or train_micro_batch_size_per_gpu")
+    tokenizer = config.tokenizer
+    has_vocabulary = config.model.padded_vocab_size is not None or tokenizer.vocab_file is not None
+    if tokenizer.tokenizer_type in _NEEDS_VOCABULARY and not has_vocabulary:
+        problems.add("vocab_file", f"{tokenizer.tokenizer_type} needs it; set it, or padded_vocab_size")
+    problems.raise_any()

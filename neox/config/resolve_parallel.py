@@ -1,0 +1,193 @@
+"""Rules of the layout: processes, stages, ZeRO and the batch."""
+
+import re
+from typing import Any
+
+from neox.config.deepspeed import BF16_KEYS, FP16_KEYS, FP16_LEFTOVERS, ZERO_KEYS, DeepSpeedConfig
+from neox.config.keys import mismatch
+from neox.config.layouts import find_layout
+from neox.config.model import ModelConfig
+from neox.config.optimization import BatchConfig
+from neox.config.parallel import ParallelConfig
+from neox.config.problems import Problems, did_you_mean
+
+_MUST_SAY_ENABLED = ("fp16", "bf16", "flops_profiler")
+
+
+def resolve_deepspeed(deepspeed: DeepSpeedConfig, problems: Problems) -> DeepSpeedConfig:
+    """Check the sections whose keys are known."""
+    for name in _MUST_SAY_ENABLED:
+        section = getattr(deepspeed, name)
+        if section is not None:
+            wrong = mismatch(section.get("enabled"), bool)
+            if wrong:
+                problems.add(f"{name}.enabled", wrong)
+    _check_names("zero_optimization", deepspeed.zero_optimization, ZERO_KEYS, problems)
+    _check_names("fp16", deepspeed.fp16, FP16_KEYS | FP16_LEFTOVERS, problems)
+    _check_names("bf16", deepspeed.bf16, BF16_KEYS, problems)
+    kind = (deepspeed.fp16 or {}).get("type", "fp16")
+    if kind not in ("fp16", "float16"):
+        problems.add(
+            "fp16.type",
+            f"{kind!r} contradicts fp16, which is what runs; for bf16 set bf16: {{enabled: true}}",
+        )
+    return deepspeed
+
+
+def _check_names(name: str, section: dict[str, Any] | None, known: frozenset[str], problems: Problems) -> None:
+    for key in section or {}:
+        if key not in known:
+            problems.add(f"{name}.{key}", f"unknown key{did_you_mean(str(key), sorted(known)) or '; remove it'}")
+
+
+def resolve_parallel(
+    parallel: ParallelConfig,
+    model: ModelConfig,
+    deepspeed: DeepSpeedConfig,
+    *,
+    world_size: int | None,
+    problems: Problems,
+    notices: list[str],
+) -> ParallelConfig:
+    """Find the data-parallel size and the ZeRO stage that runs, and note what does not divide."""
+    _check_divisions(parallel, model, problems)
+    _check_stages(parallel, model, problems)
+    _check_tied_ends(parallel, model, deepspeed, problems)
+    return parallel.model_copy(
+        update={
+            "world_size": world_size,
+            "data_parallel_size": _data_parallel_size(parallel, world_size, problems),
+            "zero_stage": _zero_stage(parallel, model, deepspeed, problems, notices),
+            # With one tensor rank there is nothing to split a sequence over.
+            "sequence_parallel": parallel.sequence_parallel and parallel.model_parallel_size > 1,
+        }
+    )
+
+
+def _check_divisions(parallel: ParallelConfig, model: ModelConfig, problems: Problems) -> None:
+    size = parallel.model_parallel_size
+    divided = {"num_attention_heads": model.num_attention_heads, "intermediate_size": model.intermediate_size}
+    if parallel.sequence_parallel:
+        divided["seq_length"] = model.seq_length
+    for name, value in divided.items():
+        if value % size:
+            problems.add(name, f"{value} is not divisible by model_parallel_size {size}; change one of them")
+
+
+def _check_stages(parallel: ParallelConfig, model: ModelConfig, problems: Problems) -> None:
+    if parallel.pipeline_stages > model.num_layers:
+        problems.add(
+            "pipe_parallel_size",
+            f"{parallel.pipeline_stages} stages for {model.num_layers} layers; set it to {model.num_layers} or less",
+        )
+    method = parallel.pipe_partition_method
+    if not re.fullmatch(r"parameters|uniform|type:.+", method, re.IGNORECASE):
+        problems.add("pipe_partition_method", f"{method!r} is unknown; supported: parameters, uniform, type:REGEX")
+
+
+def _check_tied_ends(
+    parallel: ParallelConfig, model: ModelConfig, deepspeed: DeepSpeedConfig, problems: Problems
+) -> None:
+    """Refuse where DeepSpeed 0.19.8 loses the sum of the two ends' gradients, and the copies drift apart unseen.
+
+    Its pipeline looks for the gradient in two places, and its ZeRO optimizer with an accumulator of another type
+    keeps it in a third.
+    """
+    if parallel.pipeline_stages < 2 or model.no_weight_tying or model.precision == "fp32":
+        return
+    zero = deepspeed.zero_optimization or {}
+    offloads = bool(zero.get("cpu_offload")) or (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+    accumulates_in = (deepspeed.data_types or {}).get("grad_accum_dtype")
+    if model.precision == "bfloat16" and offloads:
+        problems.add(
+            "zero_optimization.offload_optimizer", "breaks a tied embedding in a bf16 pipeline; set no_weight_tying"
+        )
+    if model.precision == "fp16" and accumulates_in not in (None, "fp16"):
+        problems.add("data_types.grad_accum_dtype", "breaks a tied embedding in an fp16 pipeline; remove it")
+    if model.precision == "bfloat16" and accumulates_in not in (None, "fp32"):
+        problems.add("data_types.grad_accum_dtype", "breaks a tied embedding in a bf16 pipeline; remove it")
+
+
+def _data_parallel_size(parallel: ParallelConfig, world_size: int | None, problems: Problems) -> int | None:
+    if world_size is None:
+        return None
+    unit = parallel.pipeline_stages * parallel.model_parallel_size
+    if world_size < 1 or world_size % unit:
+        nearest = max(unit, round(world_size / unit) * unit)
+        key = "model_parallel_size" if parallel.model_parallel_size > 1 else "pipe_parallel_size"
+        problems.add(
+            key,
+            f"{world_size} processes cannot be dealt to {parallel.pipeline_stages} pipeline stages x "
+            f"{parallel.model_parallel_size} tensor ranks = {unit}; nearest number of processes: {nearest}",
+        )
+        return None
+    return world_size // unit
+
+
+def _zero_stage(
+    parallel: ParallelConfig,
+    model: ModelConfig,
+    deepspeed: DeepSpeedConfig,
+    problems: Problems,
+    notices: list[str],
+) -> int:
+    asked = (deepspeed.zero_optimization or {}).get("stage", 0)
+    if asked not in (0, 1, 2, 3) or isinstance(asked, bool):
+        problems.add("zero_optimization.stage", f"expected 0, 1, 2 or 3, got {asked!r}")
+        return 0
+    layout = find_layout(pipeline_stages=parallel.pipeline_stages, zero_stage=int(asked), precision=model.precision)
+    if layout.refusal:
+        problems.add("zero_optimization.stage", layout.refusal.format(stage=asked))
+    if deepspeed.fp32_allreduce and parallel.model_parallel_size > 1:
+        problems.add(
+            "fp32_allreduce",
+            "not supported yet with model_parallel_size above 1, where it covers tensor-parallel sums too; remove it",
+        )
+    if layout.runs_as is None or layout.runs_as == asked:
+        return int(asked)
+    notices.append(f"zero_optimization.stage {asked} runs as stage {layout.runs_as}: {layout.reason}")
+    return layout.runs_as
+
+
+def resolve_batch(batch: BatchConfig, parallel: ParallelConfig, problems: Problems) -> BatchConfig:
+    """Solve batch = micro batch x accumulation steps x data-parallel size for what is not given."""
+    ranks = parallel.data_parallel_size
+    total, micro = batch.train_batch_size, batch.train_micro_batch_size_per_gpu
+    steps = batch.gradient_accumulation_steps
+    if not (total and micro):
+        # One of the two is open, so nothing else says how many steps to accumulate.
+        steps = steps or 1
+    if ranks is None or not (total or micro):
+        return batch.model_copy(update={"gradient_accumulation_steps": steps})
+    unknown = "steps" if not steps else "micro" if not micro else "total" if not total else ""
+    unit = (steps or 1) * (micro or 1) * ranks
+    total = total or unit
+    if total % unit or (not unknown and total != unit):
+        problems.add("train_batch_size", _batch_message(total, micro=micro, steps=steps, ranks=ranks))
+        return batch
+    return BatchConfig(
+        train_batch_size=total,
+        train_micro_batch_size_per_gpu=total // unit if unknown == "micro" else micro,
+        gradient_accumulation_steps=total // unit if unknown == "steps" else steps,
+    )
+
+
+def _batch_message(total: int, *, micro: int, steps: int, ranks: int) -> str:
+    """Say what the product is (sizes of 0 are not given), and the nearest batch that works."""
+    parts = {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": steps,
+        "data-parallel size": ranks,
+    }
+    given = {name: value for name, value in parts.items() if value}
+    unit = 1
+    for value in given.values():
+        unit *= value
+    product = " x ".join(f"{name} {value}" for name, value in given.items())
+    if micro and steps:
+        mend = f"set train_batch_size: {unit}"
+        if total % (micro * ranks) == 0:
+            mend += f", or gradient_accumulation_steps: {total // (micro * ranks)}"
+        return f"{total} is not {product} = {unit}; {mend}, or leave one of the three out"
+    nearest = max(unit, round(total / unit) * unit)
+    return f"{total} is not a multiple of {product} = {unit}; nearest that works: {nearest}"

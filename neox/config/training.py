@@ -1,0 +1,91 @@
+"""The training loop and its checkpoints."""
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator
+
+from neox.config.keys import (
+    Int,
+    Ints,
+    Lower,
+    Section,
+    dead,
+    internal,
+    no_effect,
+    not_yet,
+    number,
+    setting,
+    whole_number,
+)
+
+Amount = Annotated[int | float, BeforeValidator(number), BeforeValidator(whole_number)]
+
+
+class TrainingConfig(Section):
+    """How long to train, and what happens on the way."""
+
+    train_iters: Int | None = setting(None, "Optimizer steps of the run.", ge=0)
+    train_epochs: Int | None = setting(None, "Passes over the data, instead of train_iters.", gt=0)
+    eval_interval: Int = setting(1000, "Iterations between evaluations.", gt=0)
+    eval_iters: Int = setting(100, "Batches of one evaluation.", ge=0)
+    exit_interval: Int | None = setting(None, "Stop at the next multiple of this iteration.", gt=0)
+    seed: Int = setting(1234, "Seed of weights, dropout and data order.", gt=0)
+    checkpoint_activations: bool = setting(False, "Recompute activations in the backward pass.")
+    checkpoint_num_layers: Int = setting(1, "Layers of one recomputed segment.", gt=0)
+    do_train: bool = setting(True, "Train at all.")
+    do_valid: bool = setting(True, "Evaluate on validation data; absent: when eval_iters is above 0.")
+    do_test: bool = setting(True, "Evaluate on test data at the end; absent: when eval_iters is above 0.")
+    char_level_ppl: bool = setting(False, "Report perplexity per character too.")
+    distributed_backend: Annotated[Literal["nccl", "gloo"], Lower] = setting(
+        "nccl", "Communication library; without CUDA it is always gloo."
+    )
+
+
+class CheckpointConfig(Section):
+    """What is saved when, and what is loaded."""
+
+    save: str | None = setting(None, "Folder that checkpoints are written to.")
+    load: str | None = setting(None, "Folder that a checkpoint is read from.")
+    iteration: Int | None = setting(None, "Iteration to load; absent: the latest.", ge=0)
+    checkpoint_scale: Annotated[Literal["linear", "log"], Lower] = setting(
+        "linear", "Save every checkpoint_factor iterations, or at its powers."
+    )
+    checkpoint_factor: Amount | None = setting(None, "Iterations between checkpoints, or the ratio of two.", gt=0)
+    extra_save_iters: Ints = setting((), "Further iterations to save; 0 is before the first step.")
+    keep_last_n_checkpoints: Int | None = setting(None, "Delete all but the latest n.", gt=0)
+    no_save_optim: bool = setting(False, "Do not save the optimizer.")
+    no_save_rng: bool = setting(False, "Do not save the state of random numbers.")
+    no_load_optim: bool = setting(False, "Do not load the optimizer.")
+    no_load_rng: bool = setting(False, "Do not load the state of random numbers.")
+    finetune: bool = setting(False, "Load the weights only, and start at iteration 0.")
+
+
+OTHER_KEYS = (
+    no_effect("partition_activations", bool, False, "Share recomputed inputs among tensor ranks.", announce=True),
+    no_effect("contiguous_checkpointing", bool, False, "Recompute from contiguous buffers.", announce=True),
+    no_effect("synchronize_each_layer", bool, False, "Synchronise the device around segments.", announce=True),
+    dead("deepspeed_activation_checkpointing", bool, True, "Recompute by DeepSpeed."),
+    dead("short_seq_prob", float, 0.1, "A setting of BERT."),
+    dead("adlr_autoresume", bool, False, "A hook of one cluster."),
+    dead("adlr_autoresume_interval", int, 1000, "A hook of one cluster."),
+    internal("adlr_autoresume_object", str, "A hook of one cluster.", instead="leave it out"),
+    internal("config_files", dict, "Texts of the files.", instead="leave it out: checkpoints hold them anyway"),
+    not_yet("checkpoint_in_cpu", bool, False, "Keep recomputed inputs on the CPU."),
+    not_yet("profile_backward", bool, False, "Time the recomputed backward pass."),
+    not_yet("s3_path", str, None, "Upload checkpoints."),
+    not_yet("s3_chunk_size", int, 104857600, "Bytes of an uploaded part."),
+    not_yet("checkpoint_validation_with_forward_pass", bool, False, "Check a checkpoint by a forward pass."),
+    not_yet("train_impl", Literal["normal", "dpo", "rm", "kto", "reinforce"], "normal", "Objective."),
+    not_yet("dpo_fp32", bool, True, "DPO in fp32."),
+    not_yet("dpo_reference_free", bool, False, "DPO without a reference."),
+    not_yet("dpo_beta", float, 0.1, "Temperature of DPO."),
+    not_yet("kto_fp32", bool, True, "KTO in fp32."),
+    not_yet("kto_desirable_weight", float, 1.0, "KTO's weight of good examples."),
+    not_yet("kto_undesirable_weight", float, 1.0, "KTO's weight of bad examples."),
+    not_yet("kto_beta", float, 0.1, "Temperature of KTO."),
+    not_yet("z_loss", float, 0.0, "Penalty on squared logits."),
+    not_yet("fp32_reinforce", bool, True, "REINFORCE in fp32."),
+    not_yet("kl_impl", Literal["abs", "mse", "kl", "full"], "mse", "Estimator of the divergence."),
+    not_yet("kl_div_beta", float, 0.1, "Weight of the divergence."),
+    not_yet("reinforce_leave_one_out", bool, False, "Baseline of REINFORCE."),
+)

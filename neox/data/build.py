@@ -1,0 +1,197 @@
+"""From the configuration to the three datasets of a run."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from neox.data.blending import (
+    BlendedDataset,
+    SampleSource,
+    blend_order,
+    interleaved_order,
+    normalized_weights,
+    share_sizes,
+    split_boundaries,
+    weights_by_num_documents,
+)
+from neox.data.gpt_dataset import GPTDataset, PackingOptions, build_gpt_dataset
+from neox.data.index_cache import SINGLE_PROCESS, Coordinator
+from neox.data.indexed import IndexedDataset
+from neox.data.packing import packed_sample_count
+from neox.errors import DataError
+
+if TYPE_CHECKING:
+    from neox.config import Config
+
+log = logging.getLogger(__name__)
+
+SPLITS = ("train", "valid", "test")
+
+
+@dataclass(frozen=True)
+class DatasetSplits:
+    """The datasets of a run; None where there is nothing to read or nothing is asked for."""
+
+    train: SampleSource | None
+    valid: SampleSource | None
+    test: SampleSource | None
+
+
+def requested_samples(config: "Config") -> dict[str, int | None]:
+    """Return how many samples the run takes of each split; None means one pass over the documents.
+
+    Training takes train_iters batches; validation eval_iters batches at every eval_interval steps and once at
+    the end; testing eval_iters batches.
+    """
+    training, batch = config.training, _global_batch(config)
+    if training.train_epochs is not None:
+        return dict.fromkeys(SPLITS)
+    assert training.train_iters is not None, "the length of the run is not resolved"
+    evaluations = training.train_iters // training.eval_interval + 1
+    return {
+        "train": training.train_iters * batch,
+        "valid": evaluations * training.eval_iters * batch,
+        "test": training.eval_iters * batch,
+    }
+
+
+def train_iters_for_epochs(config: "Config") -> int:
+    """Return the number of steps that `train_epochs` passes over the training data make, the last one full.
+
+    Reads index files only. Give `build_datasets` the configuration that still has train_epochs: then every
+    pass has the same order, as upstream's, and takes each sample once; with train_iters passes would mix.
+
+    Raises:
+        DataError: a file is missing, or the data do not fill one batch.
+    """
+    sources = _sources(config, "train")
+    seq_length = config.model.seq_length
+    samples = sum(packed_sample_count(source.num_tokens, seq_length) for source in sources)
+    epochs = config.training.train_epochs
+    assert epochs is not None, "train_epochs is not set"
+    steps = samples * epochs // _global_batch(config)
+    if steps == 0:
+        raise DataError(
+            f"train_epochs {epochs}: {samples} samples of seq_length {seq_length} "
+            f"do not fill one batch of {_global_batch(config)}; use more data or a smaller batch"
+        )
+    return steps
+
+
+def _global_batch(config: "Config") -> int:
+    size = config.batch.train_batch_size
+    assert size is not None, "train_batch_size is not resolved: the configuration has no world size"
+    return size
+
+
+def build_datasets(config: "Config", coordinator: Coordinator = SINGLE_PROCESS) -> DatasetSplits:
+    """Return the datasets that the configuration names, with their sample orders.
+
+    Every process that shares the coordinator's barrier must make this call.
+
+    Raises:
+        DataError: no data are named, a file is missing or damaged, or labels do not fit their tokens.
+    """
+    if not config.data.data_path and not config.data.train_data_paths:
+        raise DataError("no training data: set data_path, or train_data_paths, valid_data_paths and test_data_paths")
+    wanted = requested_samples(config)
+    built = {name: _build_split(config, name, wanted[name], coordinator) for name in SPLITS}
+    return DatasetSplits(**built)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A range of documents of one corpus, under the name that its sample order is kept by."""
+
+    name: str
+    tokens: IndexedDataset
+    documents: range
+    labels: IndexedDataset | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.tokens.sizes[self.documents.start : self.documents.stop].sum(dtype="int64"))
+
+
+def _build_split(
+    config: "Config", split: str, num_samples: int | None, coordinator: Coordinator
+) -> SampleSource | None:
+    if getattr(config.training, f"do_{split}") is False or num_samples == 0:
+        return None
+    sources = _sources(config, split)
+    if not sources:
+        return None
+    if config.data.data_path:
+        return _build_source(config, sources[0], num_samples, coordinator)
+    if num_samples is None:
+        return _one_pass(config, sources, coordinator)
+    weights = _weights(config, split, sources)
+    shares = [max(1, share) for share in share_sizes(weights, num_samples)]  # a weight may be 0
+    datasets = [
+        _build_source(config, source, share, coordinator) for source, share in zip(sources, shares, strict=True)
+    ]
+    return BlendedDataset(datasets, blend_order(weights, num_samples))
+
+
+def _one_pass(config: "Config", sources: Sequence[_Source], coordinator: Coordinator) -> BlendedDataset:
+    """Mix corpora so that each sample comes once: the configuration allows train_epochs no other weights."""
+    datasets = [_build_source(config, source, None, coordinator) for source in sources]
+    return BlendedDataset(datasets, interleaved_order([len(dataset) for dataset in datasets]))
+
+
+def _build_source(config: "Config", source: _Source, num_samples: int | None, coordinator: Coordinator) -> GPTDataset:
+    packing = PackingOptions(
+        seq_length=config.model.seq_length,
+        seed=config.training.seed,
+        pack_impl=config.data.pack_impl,
+        allow_chopped=config.data.allow_chopped,
+        use_shared_fs=config.data.use_shared_fs,
+    )
+    dataset = build_gpt_dataset(
+        source.tokens,
+        packing,
+        name=source.name,
+        documents=source.documents,
+        num_samples=num_samples,
+        labels=source.labels,
+        coordinator=coordinator,
+    )
+    passes = len(dataset.maps.doc_idx) / len(source.documents)
+    log.info("%s: %s, %d samples, %.2f passes", source.name, source.tokens.prefix, len(dataset), passes)
+    return dataset
+
+
+def _sources(config: "Config", split: str) -> list[_Source]:
+    """Return the corpora of a split; empty if it has no documents."""
+    data = config.data
+    if not data.data_path:
+        return _listed_sources(config, split)
+    tokens = _open(config, data.data_path)
+    bounds = split_boundaries(data.split, len(tokens))
+    start, stop = bounds[SPLITS.index(split)], bounds[SPLITS.index(split) + 1]
+    return [_Source(split, tokens, range(start, stop))] if stop > start else []
+
+
+def _listed_sources(config: "Config", split: str) -> list[_Source]:
+    paths = getattr(config.data, f"{split}_data_paths") or []
+    label_paths = getattr(config.data, f"{split}_label_data_paths") or [None] * len(paths)
+    sources = []
+    for number, (path, label_path) in enumerate(zip(paths, label_paths, strict=True)):
+        tokens = _open(config, path)
+        labels = _open(config, label_path) if label_path else None
+        sources.append(_Source(f"{split}_{number}", tokens, range(len(tokens)), labels))
+    return sources
+
+
+def _open(config: "Config", prefix: str) -> IndexedDataset:
+    return IndexedDataset(prefix, data_impl=config.data.data_impl, warmup=config.data.mmap_warmup)
+
+
+def _weights(config: "Config", split: str, sources: Sequence[_Source]) -> list[float]:
+    """Return the weight of each corpus; they sum to 1."""
+    data = config.data
+    if data.weight_by_num_documents:
+        return weights_by_num_documents([len(source.tokens) for source in sources], data.weighted_sampler_alpha)
+    weights = getattr(data, f"{split}_data_weights") or [1.0] * len(sources)
+    return normalized_weights(weights)

@@ -1,0 +1,141 @@
+"""Sample orders kept on disk beside the corpus, and who computes them when many processes start together.
+
+The three arrays go under upstream's names. A small JSON file beside them says what they were computed from;
+where it does not match the corpus of today (or is absent), the arrays are computed again and never used as
+they are.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from neox.data.packing import IndexMaps
+
+log = logging.getLogger(__name__)
+
+ALGORITHM = 1  # raise it when the same inputs come to give other arrays
+
+
+def no_barrier() -> None:
+    """Wait for nobody: the barrier of a single process."""
+
+
+@dataclass(frozen=True)
+class Coordinator:
+    """Where this process stands among those that start together.
+
+    Attributes:
+        global_rank: rank among all processes.
+        local_rank: rank among the processes of this machine.
+        barrier: returns when every process has called it.
+    """
+
+    global_rank: int = 0
+    local_rank: int = 0
+    barrier: Callable[[], None] = no_barrier
+
+    def is_builder(self, *, use_shared_fs: bool) -> bool:
+        """Tell whether this process writes the files: one in all, or without a shared disk one a machine."""
+        return (self.global_rank if use_shared_fs else self.local_rank) == 0
+
+
+SINGLE_PROCESS = Coordinator()
+
+
+def map_stem(
+    prefix: str | Path,
+    *,
+    name: str,
+    num_samples: int | None,
+    seq_length: int,
+    seed: int,
+    pack_impl: str,
+    chopped: bool,
+) -> str:
+    """Return the path, without `_doc_idx.npy` and the like, under which upstream keeps these maps."""
+    ending = "_ac" if chopped else ""
+    return f"{prefix}_{name}_indexmap_{num_samples}ns_{seq_length}sl_{seed}s_{pack_impl}pi{ending}"
+
+
+def cached_maps(
+    stem: str,
+    fingerprint: Mapping[str, Any],
+    build: Callable[[], IndexMaps],
+    *,
+    coordinator: Coordinator = SINGLE_PROCESS,
+    use_shared_fs: bool = True,
+) -> IndexMaps:
+    """Return the maps kept under `stem`, computing them first if what is there has another fingerprint.
+
+    One process computes and writes while the others wait. Where the folder cannot be written, each process
+    computes its own in memory and says so. Every process must make this call.
+
+    Args:
+        stem: path without `_doc_idx.npy` and the like, see `map_stem`.
+        fingerprint: all that the maps depend on; must survive JSON.
+        build: computes the maps; pure.
+        coordinator: who else is there.
+        use_shared_fs: whether one machine's file is seen by all.
+    """
+    wanted = json.loads(json.dumps({"algorithm": ALGORITHM, **fingerprint}))
+    built = None
+    try:
+        if coordinator.is_builder(use_shared_fs=use_shared_fs) and _load(stem, wanted) is None:
+            built = build()
+            _store(stem, wanted, built)
+    except OSError as error:
+        log.warning("%s: cannot keep the sample order here (%s); it stays in memory", stem, error)
+    finally:
+        coordinator.barrier()  # even on an error, or the others would wait for ever
+    return _load(stem, wanted) or built or build()
+
+
+def _paths(stem: str) -> dict[str, Path]:
+    return {field: Path(f"{stem}_{field}.npy") for field in IndexMaps._fields}
+
+
+def _fingerprint_path(stem: str) -> Path:
+    return Path(f"{stem}_fingerprint.json")
+
+
+def _load(stem: str, wanted: Mapping[str, Any]) -> IndexMaps | None:
+    """Return the maps on disk as memory maps, or None if they are absent, damaged or of another corpus."""
+    try:
+        if json.loads(_fingerprint_path(stem).read_text()) != wanted:
+            return None
+        arrays = {field: _open_array(path) for field, path in _paths(stem).items()}
+    except (OSError, ValueError):
+        return None
+    return IndexMaps(**arrays)
+
+
+def _open_array(path: Path) -> np.ndarray:
+    return np.asarray(np.load(path, mmap_mode="r"))
+
+
+def _store(stem: str, fingerprint: Mapping[str, Any], maps: IndexMaps) -> None:
+    """Write the arrays, then the fingerprint that makes them valid; each appears whole or not at all."""
+    _fingerprint_path(stem).unlink(missing_ok=True)
+    for field, path in _paths(stem).items():
+        _write_whole(path, partial(np.save, arr=getattr(maps, field)))
+    text = json.dumps(fingerprint, indent=1)
+    _write_whole(_fingerprint_path(stem), lambda file: file.write(text.encode()))
+
+
+def _write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,186 @@
+"""Tokenizing text into `.bin/.idx` files, with worker processes, in the order of the input."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from neox.data.documents import Document, document_fields, read_documents
+from neox.data.indexed_writer import IndexedDatasetWriter, smallest_token_dtype
+from neox.data.packages import optional_package
+from neox.data.tokenizers import Tokenizer, build_tokenizer
+from neox.errors import DataError
+
+BATCH_DOCUMENTS = 512
+BATCH_CHARACTERS = 4_000_000  # bounds the memory of a batch whatever the length of documents
+BATCHES_AHEAD = 3  # waiting for each worker: enough to keep it busy, few enough to bound memory
+
+
+@dataclass(frozen=True)
+class PreprocessOptions:
+    """What to tokenize and how.
+
+    Attributes:
+        inputs: files or folders, see `neox.data.documents.read_documents`.
+        output_prefix: each key goes to `<output_prefix>_<key>_document.{bin,idx}`.
+        tokenizer_type, vocab_file, merge_file: the tokenizer, as in the configuration.
+        jsonl_keys: fields of JSON lines to tokenize.
+        append_eod: end every document with the end-of-document token.
+        ftfy: mend broken Unicode first (needs ftfy).
+        num_docs: stop after so many documents; None for all.
+        workers: processes that tokenize; 1 means this one (whose tokenizer may use several threads).
+        log_interval: documents between updates of the progress bar.
+        progress: show the progress bar.
+    """
+
+    inputs: Sequence[str | Path]
+    output_prefix: str
+    tokenizer_type: str
+    vocab_file: str | None = None
+    merge_file: str | None = None
+    jsonl_keys: Sequence[str] = field(default=("text",))
+    append_eod: bool = False
+    ftfy: bool = False
+    num_docs: int | None = None
+    workers: int = 1
+    log_interval: int = 1000
+    progress: bool = True
+
+
+class PreprocessSummary(NamedTuple):
+    """What was written.
+
+    Attributes:
+        documents: written, for each key.
+        empty: passed over, because no key had any token.
+        tokens: by key.
+        prefixes: of the files written, by key.
+    """
+
+    documents: int
+    empty: int
+    tokens: dict[str, int]
+    prefixes: dict[str, str]
+
+
+class _Encoded(NamedTuple):
+    """A batch of documents: for each key one row of tokens and the documents' lengths."""
+
+    columns: list[tuple[np.ndarray, np.ndarray]]
+    empty: int
+
+
+def preprocess(options: PreprocessOptions) -> PreprocessSummary:
+    """Tokenize documents into indexed datasets, one for each key; documents without text are passed over.
+
+    A document that is empty in some keys only is kept in all, so that the datasets stay aligned.
+
+    Raises:
+        DataError: a missing or malformed input, or a tokenizer that cannot be built; nothing is left behind.
+    """
+    tokenizer = build_tokenizer(options)
+    dtype = smallest_token_dtype(tokenizer.vocab_size)
+    prefixes = {key: f"{options.output_prefix}_{key}_document" for key in options.jsonl_keys}
+    documents = islice(read_documents(options.inputs), options.num_docs)
+    counts, empty = dict.fromkeys(prefixes, 0), 0
+    with ExitStack() as stack:
+        writers = [stack.enter_context(IndexedDatasetWriter(prefix, dtype)) for prefix in prefixes.values()]
+        bar = stack.enter_context(
+            tqdm(unit=" docs", miniters=options.log_interval, disable=not options.progress, smoothing=0.05)
+        )
+        written = 0
+        for batch in _encode_all(options, tokenizer, _batches(documents)):
+            for key, writer, (tokens, sizes) in zip(prefixes, writers, batch.columns, strict=True):
+                writer.add_documents(tokens, sizes)
+                counts[key] += len(tokens)
+            written += len(batch.columns[0][1])
+            empty += batch.empty
+            bar.update(len(batch.columns[0][1]) + batch.empty)
+        if not written:
+            raise DataError(f"{', '.join(map(str, options.inputs))}: no document with text; nothing to write")
+    return PreprocessSummary(written, empty, counts, prefixes)
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.raw)
+        if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _encode_all(
+    options: PreprocessOptions, tokenizer: Tokenizer, batches: Iterator[list[Document]]
+) -> Iterator[_Encoded]:
+    """Encode batches here or in worker processes; results come in the order of the input."""
+    if options.workers <= 1:
+        yield from map(_encoder(options, tokenizer), batches)
+        return
+    executor = ProcessPoolExecutor(options.workers, initializer=_start_worker, initargs=(options,))
+    with executor:
+        waiting: deque[Future[_Encoded]] = deque()
+        for batch in batches:
+            waiting.append(executor.submit(_encode_in_worker, batch))
+            if len(waiting) >= options.workers * BATCHES_AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+_worker: dict[str, Callable[[list[Document]], _Encoded]] = {}  # filled in worker processes only
+
+
+def _start_worker(options: PreprocessOptions) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _worker["encode"] = _encoder(options, build_tokenizer(options))
+
+
+def _encode_in_worker(batch: list[Document]) -> _Encoded:
+    return _worker["encode"](batch)
+
+
+def _encoder(options: PreprocessOptions, tokenizer: Tokenizer) -> Callable[[list[Document]], _Encoded]:
+    return partial(
+        _encode,
+        tokenizer=tokenizer,
+        keys=options.jsonl_keys,
+        mend=optional_package("ftfy", needed_by="--ftfy").fix_text if options.ftfy else None,
+        ending=[tokenizer.eod] if options.append_eod else [],
+    )
+
+
+def _encode(
+    batch: list[Document],
+    *,
+    tokenizer: Tokenizer,
+    keys: Sequence[str],
+    mend: Callable[[str], str] | None,
+    ending: list[int],
+) -> _Encoded:
+    rows = [document_fields(document, keys) for document in batch]
+    columns = []
+    for texts in zip(*rows, strict=True):
+        columns.append(tokenizer.tokenize_batch([mend(text) for text in texts] if mend else texts))
+    kept = [number for number in range(len(batch)) if any(column[number] for column in columns)]
+    return _Encoded([_flatten(column, kept, ending) for column in columns], len(batch) - len(kept))
+
+
+def _flatten(column: list[list[int]], kept: list[int], ending: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Lay documents end to end: int32 tokens and int32 lengths."""
+    rows = [np.asarray(column[number] + ending, np.int32) for number in kept]
+    sizes = np.asarray([len(row) for row in rows], np.int32)
+    return (np.concatenate(rows) if rows else np.empty(0, np.int32)), sizes

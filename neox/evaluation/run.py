@@ -1,0 +1,92 @@
+"""What `evaluate.py` does."""
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from neox.config import Config
+from neox.data.tokenizers import Tokenizer
+from neox.evaluation.harness import require_harness
+from neox.evaluation.tasks import find_tasks
+from neox.files import write_whole
+from neox.inference.loading import load_model, open_model
+from neox.model.layers import Decoder
+from neox.parallel.mesh import Mesh
+
+
+def run_evaluation(config: Config, mesh: Mesh) -> None:
+    """Load the model, evaluate `eval_tasks` and write the results; every process of `mesh` calls this.
+
+    Raises:
+        UserError: of the checkpoint, the tasks or the result file.
+    """
+    tasks = find_tasks(config.evaluation.eval_tasks or ())
+    model, tokenizer = load_model(config, mesh)
+    results = evaluate_model(model, tokenizer, config, tasks=tasks, mesh=mesh, info=_about(config))
+    if results is None:
+        return
+    from lm_eval.utils import handle_non_serializable, make_table
+
+    path = result_path(config.evaluation.eval_results_prefix, datetime.now())
+    write_whole(path, json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False))
+    print(make_table(results))
+    print(f"results written to {path}")
+
+
+def evaluate_model(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    config: Config,
+    *,
+    tasks: tuple[Sequence[str], Any],
+    mesh: Mesh,
+    info: dict[str, Any] | None = None,
+) -> dict[str, Any] | None:
+    """Evaluate a model in eval mode on all documents of the tasks.
+
+    Args:
+        model: on the device of `mesh`.
+        tokenizer: its tokenizer.
+        config: for the batch size.
+        tasks: from `find_tasks`.
+        mesh: the processes, all of which make this call.
+        info: what the results say about the model.
+
+    Returns:
+        The harness' results on rank 0 (key "results": task -> metric -> value), None elsewhere.
+    """
+    require_harness()
+    from lm_eval import simple_evaluate
+
+    from neox.evaluation.adapter import HarnessModel
+
+    batch_size = config.batch.train_micro_batch_size_per_gpu or 1
+    adapter = HarnessModel(model, tokenizer, batch_size=batch_size, mesh=mesh, info=info)
+    names, manager = tasks
+    results: dict[str, Any] | None = simple_evaluate(
+        model=adapter,
+        tasks=list(names),
+        task_manager=manager,
+        batch_size=batch_size,
+        device=str(mesh.device),
+        log_samples=False,
+    )
+    return results if mesh.rank == 0 else None
+
+
+def _about(config: Config) -> dict[str, Any]:
+    """Collect what the result file should know of the model besides its scores."""
+    return {
+        "checkpoint": str(open_model(config).folder),
+        "precision": config.model.precision,
+        "model_parallel_size": config.parallel.model_parallel_size,
+        "neox_config": config.to_flat(),
+    }
+
+
+def result_path(prefix: str, now: datetime) -> Path:
+    """`[{prefix}_]eval_results_MM-DD-YYYY-HH-MM-SS.json`; the prefix may hold a folder."""
+    name = f"eval_results_{now:%m-%d-%Y-%H-%M-%S}.json"
+    return Path(f"{prefix}_{name}" if prefix else name)

@@ -1,0 +1,52 @@
+"""A model and its tokenizer, ready to generate."""
+
+from pathlib import Path
+
+from neox.checkpoint.open import open_checkpoint
+from neox.checkpoint.weights import WeightReader
+from neox.config import Config
+from neox.data.tokenizers import Tokenizer, build_tokenizer
+from neox.errors import CheckpointError
+from neox.model.build import DTYPES, build_decoder
+from neox.model.layers import Decoder
+from neox.parallel.mesh import Mesh
+
+
+def open_model(config: Config) -> WeightReader:
+    """Open the checkpoint that `load` (and `iteration`) name, of any format.
+
+    Raises:
+        CheckpointError: `load` is not set, or there is no checkpoint.
+    """
+    if config.checkpoint.load is None:
+        raise CheckpointError("load: not set, so there is no model; add load=FOLDER, the `save` of the training run")
+    return open_checkpoint(
+        Path(config.checkpoint.load),
+        config.checkpoint.iteration,
+        gpt_j_residual=config.model.gpt_j_residual,
+    )
+
+
+def load_model(config: Config, mesh: Mesh) -> tuple[Decoder, Tokenizer]:
+    """Read the checkpoint that `load` (and `iteration`) name.
+
+    The vocabulary is the checkpoint's. The layout that wrote it does not matter; tensor-parallel ranks of `mesh`
+    take their shares, copies of the model read it whole.
+
+    Returns:
+        The model in eval mode on the device of `mesh`, in the configuration's precision, and its tokenizer.
+
+    Raises:
+        CheckpointError: see `open_model`, or the checkpoint does not fit the configuration or the tokenizer.
+        DataError: the tokenizer cannot be built.
+    """
+    tokenizer = build_tokenizer(config.tokenizer)
+    reader = open_model(config)
+    if tokenizer.vocab_size > reader.padded_vocab_size:
+        raise CheckpointError(
+            f"{reader.folder}: has {reader.padded_vocab_size} rows of vocabulary and the tokenizer "
+            f"{tokenizer.vocab_size} tokens; set vocab_file to the tokenizer of the training run"
+        )
+    model_config = config.model.model_copy(update={"padded_vocab_size": reader.padded_vocab_size})
+    dtype = DTYPES[config.model.precision]
+    return build_decoder(model_config, source=reader.weight, mesh=mesh, dtype=dtype).eval(), tokenizer

@@ -1,0 +1,145 @@
+"""What `generate.py` does: unconditional samples, prompts from a file, or an interactive session."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch.distributed as dist
+
+from neox.config import Config
+from neox.errors import DataError
+from neox.files import write_whole
+from neox.inference.generate import GenerationSettings
+from neox.inference.loading import load_model
+from neox.inference.text import TextCompletion, TextGenerator
+from neox.parallel.mesh import Mesh
+
+PROMPT_SIGN = "Context prompt >>> "
+
+
+def run_generation(config: Config, mesh: Mesh) -> None:
+    """Load the model and generate as `text_gen_type` says; every process of `mesh` calls this.
+
+    Raises:
+        UserError: of the checkpoint, the prompts or the output file.
+    """
+    kind, prompts = generation_kind(config), []
+    if kind == "input-file":
+        prompts = read_prompts(Path(config.generation.sample_input_file or ""))
+    elif kind == "unconditional":
+        prompts = [""] * config.generation.num_samples
+    model, tokenizer = load_model(config, mesh)
+    generator = TextGenerator(model, tokenizer, config.batch.train_micro_batch_size_per_gpu or 1)
+    settings = GenerationSettings.from_config(config)
+    if kind == "interactive":
+        run_session(generator, settings, mesh, prompt_end=config.generation.prompt_end)
+        return
+    results = complete_shared(generator, prompts, settings, mesh)
+    if mesh.rank == 0:
+        path = Path(config.generation.sample_output_file)
+        write_whole(path, "".join(json.dumps(record(result), ensure_ascii=False) + "\n" for result in results))
+        print(f"{len(results)} samples written to {path}")
+
+
+def generation_kind(config: Config) -> str:
+    """`text_gen_type`, or what its absence means: the input file if there is one, else unconditional.
+
+    Raises:
+        DataError: input-file without a file.
+    """
+    given = config.generation
+    kind = given.text_gen_type or ("input-file" if given.sample_input_file else "unconditional")
+    if kind == "input-file" and not given.sample_input_file:
+        raise DataError("text_gen_type is input-file but no file is named; set sample_input_file (-i FILE)")
+    return kind
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Prompts of a file: the field "text" of each line of a .jsonl file, else each line. Blank lines are skipped.
+
+    Raises:
+        DataError: no such file, nothing in it, or a line without that field.
+    """
+    if not path.is_file():
+        raise DataError(f"sample_input_file: {path}: no such file; check the path")
+    lines = path.read_text(encoding="utf-8").split("\n")
+    numbered = [(i, line.rstrip("\r")) for i, line in enumerate(lines, start=1) if line.strip()]
+    if not numbered:
+        raise DataError(f"sample_input_file: {path}: holds no prompt; write one a line")
+    if path.suffix != ".jsonl":
+        return [line for _, line in numbered]
+    return [_text_of(line, f"{path}:{number}") for number, line in numbered]
+
+
+def _text_of(line: str, place: str) -> str:
+    try:
+        content = json.loads(line)
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or not isinstance(content.get("text"), str):
+        raise DataError(f'{place}: expected an object with a "text" such as {{"text": "Once upon"}}')
+    text: str = content["text"]
+    return text
+
+
+def record(result: TextCompletion) -> dict[str, Any]:
+    """One line of the output file."""
+    completion = result.completion
+    fields: dict[str, Any] = {
+        "context": result.context,
+        "text": result.text,
+        "length": len(completion.tokens),
+        "finished": completion.finished,
+        "message": completion.message,
+        "duration_seconds": completion.duration_seconds,
+    }
+    return fields if completion.logits is None else fields | {"logits": completion.logits.tolist()}
+
+
+def complete_shared(
+    generator: TextGenerator, prompts: list[str], settings: GenerationSettings, mesh: Mesh
+) -> list[TextCompletion]:
+    """Continue all prompts, shared out among the copies of the model; every process gets all results."""
+    numbers = range(mesh.data_rank, len(prompts), mesh.data_size)
+    own = generator.complete([prompts[i] for i in numbers], settings=settings, numbers=numbers)
+    if mesh.data_size == 1:
+        return own
+    shares: list[list[TextCompletion]] = [[] for _ in range(mesh.data_size)]
+    dist.all_gather_object(shares, own, group=mesh.data_group)
+    return [shares[i % mesh.data_size][i // mesh.data_size] for i in range(len(prompts))]
+
+
+def run_session(generator: TextGenerator, settings: GenerationSettings, mesh: Mesh, *, prompt_end: str) -> None:
+    """Read prompts from the terminal and answer, until its end. Only rank 0 has a terminal; the others follow."""
+    prompts = typed_prompts(sys.stdin, prompt_end) if mesh.rank == 0 else iter(())
+    while (prompt := _broadcast(next(prompts, None), mesh)) is not None:
+        result = generator.complete([prompt], settings=settings)[0]
+        if mesh.rank == 0:
+            print(result.text)
+            if result.completion.message:
+                print(result.completion.message, file=sys.stderr)
+
+
+def typed_prompts(stream: TextIO, prompt_end: str) -> Iterator[str]:
+    """Prompts of a stream, each ended by `prompt_end`; text after that on its line is dropped."""
+    text = ""
+    print(PROMPT_SIGN, end="", flush=True)
+    for line in stream:
+        text += line
+        if prompt_end in text:
+            yield text[: text.index(prompt_end)]
+            text = ""
+            print(PROMPT_SIGN, end="", flush=True)
+    if text:
+        yield text
+
+
+def _broadcast(prompt: str | None, mesh: Mesh) -> str | None:
+    """Send what rank 0 has to all."""
+    if mesh.world_size == 1:
+        return prompt
+    box = [prompt]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

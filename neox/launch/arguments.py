@@ -1,0 +1,145 @@
+"""Command lines of `train.py`, `generate.py` and `evaluate.py`: flags that become overrides."""
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NoReturn
+
+from neox.errors import LaunchError
+
+Script = Literal["train", "generate", "evaluate"]
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What the command line asks for.
+
+    Attributes:
+        files: configuration files in the order given, as typed (`load_config` adds folder and extension).
+        overrides: `key=value` strings that outrank the files; values are YAML.
+        config_dir: folder that holds the files (`-d`), or None.
+    """
+
+    files: list[str]
+    overrides: list[str]
+    config_dir: str | None
+
+
+def parse_arguments(script: Script, argv: Sequence[str]) -> Arguments:
+    """Read the arguments after the script's name. `--help` prints examples and exits.
+
+    Raises:
+        LaunchError: an unknown flag, a value of the wrong type, or no configuration file.
+    """
+    parser = _build_parser(script)
+    options = vars(parser.parse_intermixed_args(list(argv)))
+    positionals, config_dir = options.pop("config"), options.pop("conf_dir")
+    files = [text for text in positionals if not _is_override(text)]
+    if not files:
+        raise LaunchError(f"{script}.py: no configuration file given; example: {_EXAMPLES[script][0][1]}")
+    # json.dumps gives YAML that keeps a text a text, whatever it looks like.
+    flags = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
+    return Arguments(files, [text for text in positionals if _is_override(text)] + flags, config_dir)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise LaunchError(f"{self.prog}: {message}; see {self.prog} --help")
+
+
+def _is_override(text: str) -> bool:
+    # `configs/lr=3e-4.yml` and `lr.yml=x` are files: a key has neither a slash nor a YAML extension.
+    key, equals, _ = text.partition("=")
+    return bool(equals) and re.fullmatch(r"[A-Za-z_][\w.-]*", key) is not None and not re.search(r"\.ya?ml", key)
+
+
+def _build_parser(script: Script) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=f"{script}.py",
+        description=_DESCRIPTIONS[script],
+        epilog=_epilog(script),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "config",
+        nargs="*",
+        metavar="CONFIG | key=value",
+        help="YAML files (.yml may be left out), then overrides",
+    )
+    parser.add_argument("-d", "--conf_dir", metavar="DIR", help="folder of the configuration files")
+    parser.add_argument("-H", "--hostfile", metavar="FILE", help="hosts for the deepspeed launcher")
+    parser.add_argument("--iteration", type=int, metavar="N", help="checkpoint to load; default: the latest")
+    {"train": _add_train, "generate": _add_generate, "evaluate": _add_evaluate}[script](parser)
+    return parser
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--wandb_group", metavar="NAME", help="Weights & Biases group")
+    parser.add_argument("--wandb_team", metavar="NAME", help="Weights & Biases team")
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    kinds = ("unconditional", "input-file", "interactive")
+    parser.add_argument("--text_gen_type", metavar="KIND", help=f"what to generate: {', '.join(kinds)}")
+    parser.add_argument("-i", "--sample_input_file", metavar="FILE", help="prompts, one a line")
+    parser.add_argument("-o", "--sample_output_file", metavar="FILE", help="where samples go, as JSON lines")
+    parser.add_argument("-s", "--num_samples", type=int, metavar="N", help="samples to write when unconditional")
+    parser.add_argument("-m", "--maximum_tokens", type=int, metavar="N", help="new tokens per sample")
+    parser.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token")
+    parser.add_argument("--top_k", type=int, metavar="K", help="sample among the K likeliest tokens; 0 = all")
+    parser.add_argument("--top_p", type=float, metavar="P", help="sample within this probability mass; 0 = all")
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--eval_tasks", nargs="+", metavar="TASK", help="lm-evaluation-harness tasks (after CONFIG)")
+    parser.add_argument("--eval_results_prefix", metavar="PREFIX", help="start of the result file's name")
+
+
+_DESCRIPTIONS = {
+    "train": "Train a model.",
+    "generate": "Generate text from a trained model.",
+    "evaluate": "Evaluate a trained model with lm-evaluation-harness.",
+}
+
+_EXAMPLES = {
+    "train": [
+        ("this machine", "python train.py configs/pythia/160M.yml configs/local_setup.yml"),
+        ("upstream's spelling", "python train.py -d configs pythia/160M local_setup"),
+        ("overrides", "python train.py configs/small.yml train_iters=100 optimizer.params.lr=3e-4"),
+    ],
+    "generate": [
+        (
+            "this machine",
+            "python generate.py configs/small.yml configs/local_setup.yml -m 64 --temperature 0.8",
+        ),
+        (
+            "prompts",
+            "python generate.py configs/small.yml --text_gen_type input-file -i prompts.txt -o samples.jsonl",
+        ),
+    ],
+    "evaluate": [
+        (
+            "this machine",
+            "python evaluate.py configs/small.yml configs/local_setup.yml --eval_tasks lambada_openai piqa",
+        ),
+    ],
+}
+
+
+def _epilog(script: Script) -> str:
+    plain = f"{script}.py CONFIG..."
+    launchers = [
+        ("one process", f"torchrun --nproc-per-node 1 {plain}"),
+        ("8 GPUs", f"torchrun --nproc-per-node 8 {plain}"),
+        (
+            "2 hosts of 8 GPUs",
+            f"torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 {plain}",
+        ),
+        ("Slurm", f"srun --nodes 2 --ntasks-per-node 8 --gpus-per-node 8 python {plain}"),
+        ("MPI", f"mpirun -n 16 -H HOST1:8,HOST2:8 -x MASTER_ADDR=HOST1 python {plain}"),
+    ]
+    lines = [f"  {name:<20} {command}" for name, command in _EXAMPLES[script] + launchers]
+    return "\n".join(["examples:", *lines])

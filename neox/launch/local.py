@@ -1,0 +1,211 @@
+"""Starting all ranks on this machine: what `python train.py` does when no launcher did it."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from neox.errors import LaunchError
+from neox.launch.environment import LOCAL_LAUNCH, LOOPBACK, Placement, export
+from neox.launch.reporting import ERROR_LOCK
+from neox.launch.worker import LAUNCHER_PID
+
+if TYPE_CHECKING:
+    from neox.config import Config
+
+_POLL_SECONDS = 0.05
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def local_worker_count(config: "Config", cuda_devices: int) -> int:
+    """Return the number of workers to start when nothing but this machine is asked for.
+
+    With GPUs: all of them, or `num_gpus` if that is fewer. Without: `num_gpus`, or one model-parallel replica
+    (`model_parallel_size` x pipeline stages).
+    """
+    asked = config.launch.num_gpus or 0
+    if cuda_devices > 0:
+        return min(cuda_devices, asked) if asked > 0 else cuda_devices
+    return asked if asked > 0 else config.parallel.model_parallel_size * config.parallel.pipeline_stages
+
+
+def run_local(argv: Sequence[str], *, workers: int, environ: Mapping[str, str], grace: float = 10.0) -> int:
+    """Run `workers` copies of `python ARGV...` as ranks 0 .. workers - 1 of one world, and wait for all.
+
+    The first worker to fail ends the others: SIGTERM, then SIGKILL after `grace` seconds. SIGINT, SIGTERM
+    and SIGHUP are passed on, and the workers may take their time (to save a checkpoint); a second such
+    signal kills them. If this process is killed the workers die with it, provided that they call
+    `die_with_parent`, as `script_main` does.
+
+    Args:
+        argv: script and its arguments, as in `sys.argv`.
+        workers: size of the world.
+        environ: environment of the workers, before the rank's variables are added.
+        grace: seconds between SIGTERM and SIGKILL.
+
+    Returns:
+        Exit status: 0 if all succeeded, 2 if any worker ended with 2 (a user's mistake), else that of the
+        first to fail, 128 + N for signal N.
+
+    Raises:
+        LaunchError: a worker cannot be started.
+    """
+    group = _Workers(terminal=sys.stdin is not None and sys.stdin.isatty())
+    with tempfile.TemporaryDirectory(prefix="neox-launch-") as folder, _forward_signals(group):
+        try:
+            shared = _shared_environment(environ, workers=workers, folder=Path(folder))
+            group.start([sys.executable, *argv], count=workers, port=_free_port(), environ=shared)
+            return _supervise(group, grace=grace)
+        finally:
+            group.end()
+
+
+def single_placement() -> Placement:
+    """Return the placement of a process that is the whole world, with a free port for its rendezvous."""
+    return _placement(0, count=1, port=_free_port())
+
+
+class _Workers:
+    """The processes of one world on this machine, in rank order."""
+
+    def __init__(self, *, terminal: bool) -> None:
+        self.terminal = terminal
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.signals_received = 0
+
+    def start(self, command: Sequence[str], *, count: int, port: int, environ: Mapping[str, str]) -> None:
+        for rank in range(count):
+            if self.signals_received:  # asked to stop while starting
+                return
+            try:
+                self.processes.append(self._start_one(command, rank=rank, count=count, port=port, environ=environ))
+            except OSError as error:
+                raise LaunchError(f"cannot start worker {rank} of {count}: {error}; try fewer workers") from error
+
+    def _start_one(
+        self, command: Sequence[str], *, rank: int, count: int, port: int, environ: Mapping[str, str]
+    ) -> subprocess.Popen[bytes]:
+        variables = dict(environ)
+        export(_placement(rank, count=count, port=port), variables)
+        # Only rank 0 may read the terminal, and a process that does must stay in the terminal's foreground
+        # group.
+        return subprocess.Popen(
+            command,
+            env=variables,
+            stdin=None if rank == 0 else subprocess.DEVNULL,
+            process_group=None if self._shares_terminal(rank) else 0,
+        )
+
+    def _shares_terminal(self, rank: int) -> bool:
+        return self.terminal and rank == 0
+
+    def alive(self) -> list[int]:
+        """Ranks still running."""
+        return [rank for rank, process in enumerate(self.processes) if process.poll() is None]
+
+    def failures(self) -> list[int]:
+        """Nonzero statuses of the workers that have ended, in rank order; negative for a signal."""
+        return [process.returncode for process in self.processes if process.returncode]
+
+    def send(self, signum: int) -> None:
+        """Send a signal to every running worker; SIGKILL reaches the worker's own children too."""
+        for rank in self.alive():
+            if signum == signal.SIGKILL and not self._shares_terminal(rank):
+                os.killpg(self.processes[rank].pid, signum)
+            else:
+                self.processes[rank].send_signal(signum)
+
+    def end(self) -> None:
+        """Leave no process behind, whatever happened."""
+        self.send(signal.SIGKILL)
+        for process in self.processes:
+            process.wait()
+
+    def handle(self, signum: int, frame: FrameType | None) -> None:
+        """Signal handler: pass the first signal on, turn any later one into SIGKILL."""
+        self.signals_received += 1
+        if self.signals_received > 1:
+            self.send(signal.SIGKILL)
+            return
+        for rank in self.alive():
+            # The terminal has already interrupted the worker in its foreground group.
+            if not (signum == signal.SIGINT and self._shares_terminal(rank)):
+                self.processes[rank].send_signal(signum)
+
+
+def _supervise(group: _Workers, *, grace: float) -> int:
+    first_failure = 0
+    deadline = float("inf")
+    while group.alive():
+        if not first_failure and group.failures():
+            first_failure = group.failures()[0]
+            deadline = time.monotonic() + grace
+            group.send(signal.SIGTERM)
+        if time.monotonic() > deadline:
+            group.send(signal.SIGKILL)
+        time.sleep(_POLL_SECONDS)
+    failures = group.failures()
+    if 2 in failures:
+        return 2
+    status = first_failure or (failures[0] if failures else 0)
+    return 128 - status if status < 0 else status
+
+
+@contextmanager
+def _forward_signals(group: _Workers) -> Iterator[None]:
+    # A signal that is ignored stays so, here and in the workers: that is how `nohup` works.
+    handled = [signum for signum in _FORWARDED if signal.getsignal(signum) is not signal.SIG_IGN]
+    previous = {signum: signal.signal(signum, group.handle) for signum in handled}
+    try:
+        yield
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+def _placement(rank: int, *, count: int, port: int) -> Placement:
+    return Placement(
+        rank=rank,
+        local_rank=rank,
+        world_size=count,
+        local_world_size=count,
+        master_addr=LOOPBACK,
+        master_port=port,
+        launcher="local",
+    )
+
+
+def _shared_environment(environ: Mapping[str, str], *, workers: int, folder: Path) -> dict[str, str]:
+    variables = {
+        # Without this every worker starts a thread per core and they fight over them.
+        "OMP_NUM_THREADS": str(max(1, _available_cores() // workers)),
+        **environ,
+        LOCAL_LAUNCH: "1",
+        LAUNCHER_PID: str(os.getpid()),
+        ERROR_LOCK: str(folder / "error"),
+    }
+    if sys.platform.startswith("linux"):
+        # gloo otherwise resolves the host's name, which on laptops and behind VPNs leads nowhere.
+        variables.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    return variables
+
+
+def _available_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        port: int = probe.getsockname()[1]
+        return port

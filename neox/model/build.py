@@ -1,0 +1,125 @@
+"""Layers with memory and weights: built on the meta device, divided, then filled one tensor at a time."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import nn
+
+from neox.config import Config, ModelConfig
+from neox.model.init import initial_tensor
+from neox.model.layers import EMBEDDING_INDEX, Decoder, LayerSpec, layer_list
+from neox.model.positions import RotaryEmbedding
+from neox.parallel.mesh import Mesh
+from neox.parallel.splits import split_dimension, take_shard
+
+WeightSource = Callable[[str, torch.Size], torch.Tensor]
+"""Gives the whole logical tensor of a canonical name and shape, on the CPU, in any floating dtype."""
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bfloat16": torch.bfloat16}
+SINGLE = Mesh()
+
+
+def fresh_weights(config: Config) -> WeightSource:
+    """Initial weights of a run, the same at every layout."""
+    return partial(initial_tensor, config=config.model, seed=config.training.seed)
+
+
+def build_layer(
+    spec: LayerSpec,
+    *,
+    source: WeightSource,
+    mesh: Mesh = SINGLE,
+    sequence_parallel: bool = False,
+    dtype: torch.dtype = torch.float32,
+    tied: bool = False,
+) -> nn.Module:
+    """Make one layer on `mesh.device`, this rank's share of it, with weights from `source`.
+
+    Returns:
+        The layer, its parameters in `dtype` and each carrying its canonical name and whole shape.
+    """
+    with torch.device("meta"):
+        layer = spec.build()
+        shapes = {name: parameter.shape for name, parameter in layer.named_parameters()}
+        if mesh.tensor_size > 1:
+            from neox.parallel.tensor import split_layer
+
+            split_layer(layer, mesh, sequence_parallel=sequence_parallel, dtype=dtype)
+    layer.to(dtype).to_empty(device=mesh.device)
+    for name, parameter in layer.named_parameters():
+        canonical = canonical_name(spec, name, tied=tied)
+        whole = source(canonical, shapes[name])
+        shard = take_shard(canonical, whole, rank=mesh.tensor_rank, size=mesh.tensor_size)
+        with torch.no_grad():
+            parameter.copy_(shard)
+        label_parameter(parameter, canonical, shapes[name], mesh)
+    for module in layer.modules():
+        if isinstance(module, RotaryEmbedding):
+            module.reset_buffers(mesh.device)
+    layer.to(dtype)
+    if sequence_parallel and mesh.tensor_size > 1:
+        from neox.parallel.tensor import sum_gradients_over_sequence
+
+        sum_gradients_over_sequence(layer, mesh)
+    return layer
+
+
+def layer_builder(config: Config, mesh: Mesh, source: WeightSource) -> Callable[[LayerSpec], nn.Module]:
+    """`build_layer` for the layers of a run on this rank."""
+    return partial(
+        build_layer,
+        source=source,
+        mesh=mesh,
+        sequence_parallel=config.parallel.sequence_parallel,
+        dtype=DTYPES[config.model.precision],
+        tied=not config.model.no_weight_tying,
+    )
+
+
+def canonical_name(spec: LayerSpec, name: str, *, tied: bool) -> str:
+    """`layers.<disk index>.<name>`; the matrix of a tied head is the embedding's, wherever it lives."""
+    if tied and name == "final_linear.weight":
+        return f"layers.{EMBEDDING_INDEX}.word_embeddings.weight"
+    return f"layers.{spec.disk_index}.{name}"
+
+
+def label_parameter(parameter: nn.Parameter, name: str, shape: torch.Size, mesh: Mesh) -> None:
+    """Write on a parameter what must be known of it whatever engine later renames it.
+
+    That is its canonical name, its whole shape, and `tensor_model_parallel`, by which DeepSpeed counts every
+    part of a gradient's norm once.
+    """
+    parameter.canonical_name = name  # type: ignore[attr-defined]
+    parameter.whole_shape = shape  # type: ignore[attr-defined]
+    sharded = mesh.tensor_size > 1 and split_dimension(name) is not None
+    parameter.tensor_model_parallel = sharded  # type: ignore[attr-defined]
+
+
+def build_decoder(
+    config: ModelConfig,
+    *,
+    source: WeightSource,
+    mesh: Mesh = SINGLE,
+    sequence_parallel: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Decoder:
+    """Make the whole model in this process, or this tensor rank's share of it."""
+    layers = [
+        build_layer(
+            spec,
+            source=source,
+            mesh=mesh,
+            sequence_parallel=sequence_parallel,
+            dtype=dtype,
+            tied=not config.no_weight_tying,
+        )
+        for spec in layer_list(config)
+    ]
+    return Decoder(config, layers=layers)
+
+
+def meta_decoder(config: ModelConfig) -> Decoder:
+    """The model without memory: names, shapes and counts of any size at no cost."""
+    with torch.device("meta"):
+        return Decoder(config)

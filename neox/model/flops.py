@@ -1,0 +1,71 @@
+"""Floating-point operations of the GPT-NeoX decoder, counted exactly from its shapes.
+
+What is counted: every multiplication and addition of every matrix product, 2 m n k for [m, k] x [k, n], at
+the vocabulary size that is really computed (padded). What is not: embedding look-ups (no product), biases,
+norms, activations, softmax, rotary embedding, dropout, the optimizer; together below 1% at any useful
+width. Per token and block, with D hidden, F feed-forward, A keys that a query attends to on average:
+
+    query_key_value   2 D 3D        scores q k^T      2 A D        linear1   2 D F
+    dense             2 D D         weighted values   2 A D        linear2   2 F D
+
+and 2 D V for the head. A is S for full attention (what a kernel without causal skipping computes, and the
+usual definition of model FLOPs in papers) and (S + 1) / 2 for causal attention (what the model needs). The
+backward pass takes two products for each forward one, by the inputs and by the weights: twice the forward
+FLOPs.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from neox.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class TokenFlops:
+    """FLOPs of one token.
+
+    Attributes:
+        blocks: forward pass of all transformer blocks.
+        head: forward pass of the output projection.
+    """
+
+    blocks: float
+    head: float
+
+    @property
+    def forward(self) -> float:
+        """One forward pass."""
+        return self.blocks + self.head
+
+    @property
+    def backward(self) -> float:
+        """One backward pass."""
+        return 2 * self.forward
+
+    @property
+    def model(self) -> float:
+        """A training step without recomputation, the numerator of MFU (Chowdhery et al. 2022, appendix B)."""
+        return self.forward + self.backward
+
+    def hardware(self, *, checkpoint_activations: bool) -> float:
+        """Return the FLOPs of a step as executed, the numerator of HFU: checkpointed blocks run forward once more."""
+        return self.model + (self.blocks if checkpoint_activations else 0.0)
+
+
+def flops_per_token(config: "ModelConfig", *, causal: bool) -> TokenFlops:
+    """Count the FLOPs per token of sequences of `seq_length` tokens.
+
+    Args:
+        config: shapes; `padded_vocab_size` must be resolved.
+        causal: count only the keys that a causal query sees, (S + 1) / 2 on average, instead of all S.
+    """
+    assert config.padded_vocab_size is not None, "the vocabulary must be resolved before FLOPs are counted"
+    hidden, feed_forward = config.hidden_size, config.intermediate_size
+    keys = (config.seq_length + 1) / 2 if causal else config.seq_length
+    linears = 2 * hidden * (3 * hidden + hidden + 2 * feed_forward)
+    attention = 2 * keys * hidden + 2 * keys * hidden
+    return TokenFlops(
+        blocks=float(config.num_layers * (linears + attention)),
+        head=float(2 * hidden * config.padded_vocab_size),
+    )

@@ -1,0 +1,1 @@
+"""Who this process is among the others, and how a layer is divided between them."""

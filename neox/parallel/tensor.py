@@ -1,0 +1,133 @@
+"""Tensor and sequence parallelism, applied to a finished layer from outside.
+
+megatron-core's layers replace the linears that the table of splits names. They expect [S, B, ...] where the
+sequence is divided, so these wrappers turn the residual stream [B, S, D] around at the borders; only the share
+of a rank is ever copied.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.tensor_parallel import mappings
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from torch import nn
+
+from neox.parallel.mesh import Mesh
+from neox.parallel.rng import divide_dropout
+from neox.parallel.splits import Column, Row, Split, Vocabulary, rows_allocated, split_dimension, split_of
+from neox.parallel.vocabulary import ShardedVocabulary
+
+
+class ColumnLinear(ColumnParallelLinear):
+    """[B, S, D] -> [B, S, out/T]; under sequence parallelism the input is [B, S/T, D]."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """Multiply, gathering the sequence first where it is divided."""
+        if not self.sequence_parallel:
+            return super().forward(x)[0]
+        return super().forward(x.transpose(0, 1).contiguous())[0].transpose(0, 1)
+
+
+class RowLinear(RowParallelLinear):
+    """[B, S, in/T] -> [B, S, D], or [B, S/T, D] under sequence parallelism."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """Multiply, sum over the ranks, add the bias."""
+        if not self.sequence_parallel:
+            return super().forward(x)[0]
+        return super().forward(x.transpose(0, 1))[0].transpose(0, 1).contiguous()
+
+
+class DivideSequence(nn.Module):
+    """[B, S, D] -> [B, S/T, D]: this rank's stretch of the sequence, then `after`."""
+
+    def __init__(self, after: nn.Module, mesh: Mesh) -> None:
+        super().__init__()
+        self.after = after
+        self.mesh = mesh
+
+    def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        """Keep a share; the backward pass gathers the gradients of all."""
+        x_SBD = x_BSD.transpose(0, 1).contiguous()
+        share = mappings.scatter_to_sequence_parallel_region(x_SBD, group=self.mesh.tensor_group)
+        return self.after(share.transpose(0, 1).contiguous())
+
+
+def split_layer(layer: nn.Module, mesh: Mesh, *, sequence_parallel: bool, dtype: torch.dtype) -> None:
+    """Replace what the table of splits names inside `layer`, in place, on the current default device.
+
+    Parameters are left uninitialised.
+    """
+    config = ModelParallelConfig(
+        tensor_model_parallel_size=mesh.tensor_size,
+        sequence_parallel=sequence_parallel,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        params_dtype=dtype,
+        gradient_accumulation_fusion=False,
+    )
+    for name, module in list(layer.named_modules()):
+        split = split_of(name)
+        if split is not None:
+            layer.set_submodule(name, _parallel_twin(module, split, config, mesh))
+    _share_vocabulary(layer, mesh, sequence_parallel=sequence_parallel)
+    _divide_dropouts(layer, mesh, sequence_parallel=sequence_parallel)
+
+
+def _parallel_twin(module: nn.Module, split: Split, config: ModelParallelConfig, mesh: Mesh) -> nn.Module:
+    """megatron-core's layer for a plain one."""
+    common: dict[str, Any] = {"config": config, "init_method": nn.Identity(), "tp_group": mesh.tensor_group}
+    if isinstance(module, nn.Embedding):
+        return VocabParallelEmbedding(
+            rows_allocated(module.num_embeddings, mesh.tensor_size), module.embedding_dim, **common
+        )
+    assert isinstance(module, nn.Linear), f"{type(module).__name__} cannot be split"
+    bias = module.bias is not None
+    if isinstance(split, Row):
+        return RowLinear(
+            module.in_features, module.out_features, bias=bias, input_is_parallel=True, skip_bias_add=False, **common
+        )
+    assert isinstance(split, Column | Vocabulary)
+    rows = module.out_features
+    if isinstance(split, Vocabulary):
+        rows = rows_allocated(rows, mesh.tensor_size)
+    return ColumnLinear(module.in_features, rows, bias=bias, **common)
+
+
+def _share_vocabulary(layer: nn.Module, mesh: Mesh, *, sequence_parallel: bool) -> None:
+    """Tell an output head which rows of the vocabulary it now holds."""
+    rows = getattr(layer, "vocabulary", None)
+    if rows is not None:
+        shard = ShardedVocabulary.of(rows.size, mesh, sequence_parallel=sequence_parallel)
+        layer.vocabulary = shard  # type: ignore[assignment]
+
+
+def _divide_dropouts(layer: nn.Module, mesh: Mesh, *, sequence_parallel: bool) -> None:
+    """Independent masks for divided heads, and for the divided sequence; divide the sequence after the embedding."""
+    for name, module in list(layer.named_modules()):
+        if name.endswith("attention.core") and module.dropout > 0.0:
+            divide_dropout(module, mesh)
+        if sequence_parallel and isinstance(module, nn.Dropout) and module.p > 0.0:
+            divide_dropout(module, mesh)
+    if sequence_parallel and hasattr(layer, "word_embeddings"):
+        layer.hidden_dropout = DivideSequence(layer.get_submodule("hidden_dropout"), mesh)
+
+
+def sum_gradients_over_sequence(layer: nn.Module, mesh: Mesh) -> None:
+    """Under sequence parallelism, sum the gradients of norms and row biases over the ranks that share a sequence.
+
+    Each rank applies them to its own stretch, so its gradient is a part of the whole. The sum is a hook on the
+    parameter, before any engine sees the gradient, and so holds at every ZeRO stage and in the pipeline.
+    """
+
+    def add_up(gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient, group=mesh.tensor_group)
+        return gradient
+
+    for name, parameter in layer.named_parameters():
+        applies_to_stretch = split_dimension(name) is None and "position_embeddings" not in name
+        if applies_to_stretch and parameter.requires_grad:
+            parameter.register_hook(add_up)

@@ -1,0 +1,1 @@
+"""The whole path once, small: corpus, tokenizer, training, evaluation, samples, export."""

@@ -1,0 +1,215 @@
+"""The steps of the quickstart in order, each through the functions and scripts that a user has."""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from neox.config import Config, load_config
+from neox.data import IndexedDataset
+from neox.data.preprocess import PreprocessOptions, preprocess
+from neox.data.tokenizers.train import save_tokenizer, train_bpe
+from neox.inference.loading import load_model
+from neox.parallel.mesh import Mesh
+from neox.quickstart.bits import HeldOutLoss, held_out_loss
+from neox.quickstart.commands import ROOT, run_script, show, typed
+from neox.quickstart.corpus import Corpus, build_corpus
+
+CONFIG = ROOT / "configs" / "quickstart.yml"
+VOCABULARY = 8192
+STEPS = 7
+PROMPTS = ("def", "class", "import os\nimport sys\n", '    """Return')  # a space belongs to the token after it
+SAMPLE_TOKENS = 80
+STRIDE_SHARE = 4  # held-out windows advance by this part of their length
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where the files of a quickstart are.
+
+    Attributes:
+        out: folder of all of them.
+        config: YAML file of the model and its training.
+    """
+
+    out: Path
+    config: Path = CONFIG
+
+    @property
+    def local(self) -> Path:
+        """YAML file of what belongs to this machine: data, tokenizer, folders, device."""
+        return self.out / "local.yml"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The trained tokenizer."""
+        return self.out / "tokenizer.json"
+
+    @property
+    def export(self) -> Path:
+        """Folder of the exported model."""
+        return self.out / "huggingface"
+
+    @property
+    def samples(self) -> Path:
+        """Generated text, JSON lines."""
+        return self.out / "samples.jsonl"
+
+    def prefix(self, corpus: Path) -> str:
+        """Prefix of the tokenized files of a corpus."""
+        return str(self.out / f"{corpus.stem}_text_document")
+
+    @property
+    def files(self) -> list[str]:
+        """The configuration as every script is given it."""
+        return [typed(self.config), str(self.local)]
+
+    def load(self) -> Config:
+        """Read the configuration, for one process."""
+        return load_config(self.files, world_size=1)
+
+
+def run_quickstart(run: Run, *, vocab_size: int = VOCABULARY, library: Path | None = None) -> HeldOutLoss:
+    """Do everything, printing a heading and the time of each step.
+
+    Args:
+        run: where to, and how.
+        vocab_size: tokens of the tokenizer.
+        library: see `build_corpus`.
+
+    Returns:
+        What the trained model says of the held-out files.
+
+    Raises:
+        UserError: a step cannot be done.
+    """
+    start = time.perf_counter()
+    with _step(1, "Corpus: the Python standard library"):
+        corpus = build_corpus(run.out, library=library)
+        print(f"train     {corpus.train_files:4d} files, {corpus.train_bytes:10,d} bytes: {corpus.train}")
+        print(f"held out  {corpus.held_out_files:4d} files, {corpus.held_out_bytes:10,d} bytes: {corpus.held_out}")
+    with _step(2, "Tokenizer: byte-level BPE, from the training files only"):
+        save_tokenizer(train_bpe([corpus.train], vocab_size=vocab_size, nfkc=False), run.tokenizer)
+        print(f"{vocab_size:,} tokens: {run.tokenizer}")
+    with _step(3, "Tokens: .bin and .idx files"):
+        _tokenize(run, corpus)
+        _write_local(run, corpus)
+    with _step(4, "Training"):
+        run_script("train.py", *run.files)
+    with _step(5, "Held-out text"):
+        loss = _evaluate(run, corpus)
+    with _step(6, "Samples"):
+        _sample(run)
+    with _step(7, "Export to Hugging Face, compared with transformers"):
+        _export(run)
+    print(f"\nDone in {time.perf_counter() - start:.0f} s: {loss.bits_per_byte:.3f} bits per byte on held-out files.\n")
+    _say_what_next(run)
+    return loss
+
+
+@contextmanager
+def _step(number: int, title: str) -> Iterator[None]:
+    print(f"\n[{number}/{STEPS}] {title}", flush=True)
+    start = time.perf_counter()
+    yield
+    print(f"      {time.perf_counter() - start:.1f} s", flush=True)
+
+
+def _tokenize(run: Run, corpus: Corpus) -> None:
+    for text in (corpus.train, corpus.held_out):
+        summary = preprocess(
+            PreprocessOptions(
+                inputs=[text],
+                output_prefix=str(run.out / text.stem),
+                tokenizer_type="HFTokenizer",
+                vocab_file=str(run.tokenizer),
+                append_eod=True,
+                progress=False,
+            )
+        )
+        print(f"{summary.tokens['text']:10,d} tokens: {run.prefix(text)}.bin")
+
+
+def _write_local(run: Run, corpus: Corpus) -> None:
+    """Write the second configuration file, which the first one needs to be trained here."""
+    held_out = [run.prefix(corpus.held_out)]
+    keys = {
+        "train_data_paths": [run.prefix(corpus.train)],
+        "valid_data_paths": held_out,
+        "test_data_paths": held_out,
+        "tokenizer_type": "HFTokenizer",
+        "vocab_file": str(run.tokenizer),
+        "save": str(run.out / "checkpoints"),
+        "load": str(run.out / "checkpoints"),
+        # One device: the batch is too small to be shared.
+        "num_gpus": 1,
+        "precision": "bfloat16" if torch.cuda.is_available() else "fp32",
+    }
+    heading = f"# Written by the quickstart, for this machine; it completes {typed(run.config)}\n"
+    run.local.write_text(heading + json.dumps(keys, indent=2) + "\n", encoding="utf-8")
+
+
+def _evaluate(run: Run, corpus: Corpus) -> HeldOutLoss:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = run.load()
+    model, tokenizer = load_model(config, Mesh(device=device))
+    stride = max(1, config.model.seq_length // STRIDE_SHARE)
+    documents = IndexedDataset(run.prefix(corpus.held_out))
+    assert documents.sizes.sum() > 0, "documents without text are never written"
+    loss = held_out_loss(
+        model,
+        (documents[i] for i in range(len(documents))),
+        eod=tokenizer.eod,
+        text_bytes=corpus.held_out_bytes,
+        stride=stride,
+    )
+    print(f"{loss.bits_per_byte:.4f} bits per byte: {loss.nats:,.0f} nats, {loss.text_bytes:,} bytes of text")
+    print(f"every one of {loss.tokens:,} tokens, the {len(documents)} ends of documents included, in windows of")
+    print(f"{config.model.seq_length} tokens that advance by {stride}; {loss.nats / loss.tokens:.4f} nats a token")
+    return loss
+
+
+def _sample(run: Run) -> None:
+    prompts = run.out / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"text": prompt}) + "\n" for prompt in PROMPTS), encoding="utf-8")
+    options = ["-i", str(prompts), "-o", str(run.samples), "-m", str(SAMPLE_TOKENS), "--temperature", "0.7"]
+    run_script("generate.py", *run.files, *options, "--top_p", "0.95")
+    for line in run.samples.read_text(encoding="utf-8").splitlines():
+        sample = json.loads(line)
+        print("-" * 80)
+        print(sample["context"] + sample["text"])
+    print("-" * 80)
+
+
+def _export(run: Run) -> None:
+    if run.export.exists():  # of an earlier quickstart in this folder
+        shutil.rmtree(run.export)
+    arguments = ["--input_dir", str(run.out / "checkpoints"), "--output_dir", str(run.export)]
+    run_script("tools/ckpts/convert_neox_to_hf.py", *arguments, "--config_file", *run.files)
+
+
+def _say_what_next(run: Run) -> None:
+    print(
+        f"Everything is in {run.out}: corpus, tokenizer, tokens, checkpoints, samples, and the export in {run.export}."
+    )
+    print("What to type next:")
+    files, longer = " ".join(run.files), 2 * (run.load().training.train_iters or 0)
+    show("train on, to twice the length", f"train.py {files} train_iters={longer} override_lr_scheduler=true")
+    show(
+        "type prompts and read what follows",
+        f"generate.py {files} --text_gen_type interactive --temperature 0.7",
+    )
+    show(
+        "tokenize text of your own (.txt or .jsonl)",
+        "tools/datasets/preprocess_data.py --input FILE --output-prefix data/mine "
+        f"--tokenizer-type HFTokenizer --vocab-file {run.tokenizer} --append-eod",
+    )
+    show(
+        "and train on that",
+        f"train.py {files} finetune=true save=mine 'train_data_paths=[data/mine_text_document]'",
+    )

@@ -1,0 +1,1 @@
+"""Training: the engines, the optimizer, the loop, and what is logged and saved on the way."""

@@ -1,0 +1,135 @@
+"""What happens beside training: metrics, evaluation, checkpoints, an early end."""
+
+import math
+import time
+
+import torch
+
+from neox.checkpoint.manifest import Progress
+from neox.config import Config
+from neox.errors import UserError
+from neox.model.flops import flops_per_token
+from neox.parallel.mesh import Mesh
+from neox.training.checkpoints import is_save_point, save_run
+from neox.training.engine import Engine
+from neox.training.loggers import MetricLog
+from neox.training.loop import Step
+from neox.training.schedule import LRSchedule
+from neox.training.throughput import Throughput, device_peak_tflops
+from neox.training.validation import Evaluator, evaluations_before
+
+
+class Metrics:
+    """Loss, learning rate, gradient norm and speed, every `log_interval` steps.
+
+    Losses stay on the device until then, so that a step never waits for one.
+    """
+
+    def __init__(self, engine: Engine, log: MetricLog, *, last_iteration: int) -> None:
+        self.engine = engine
+        self.config = config = engine.config
+        self.mesh = mesh = engine.mesh
+        self.last_iteration = last_iteration
+        self.log = log
+        # Full attention, the definition of most published figures (Chowdhery et al. 2022; Narayanan et al. 2021).
+        self.flops = flops_per_token(config.model, causal=False)
+        self.peak = config.logging.peak_theoretical_tflops or _device_peak(config, mesh)
+        self.losses: list[torch.Tensor] = []
+        self.skipped = 0
+        self.since = time.perf_counter()
+
+    def before_training(self, progress: Progress) -> None:
+        """Start the clock."""
+        self.since = time.perf_counter()
+        self.log.progress(progress.iteration)
+
+    def after_step(self, step: Step) -> None:
+        """Keep the loss; report when due."""
+        self.losses.append(step.loss)
+        self.skipped += step.skipped
+        iteration = step.progress.iteration
+        if iteration % self.config.logging.log_interval and iteration != self.last_iteration:
+            self.log.progress(iteration)
+            return
+        self.log.log(iteration, self._report(step))
+        self.log.progress(iteration)
+        self.losses, self.skipped, self.since = [], 0, time.perf_counter()
+
+    def _report(self, step: Step) -> dict[str, float]:
+        losses = torch.stack(self.losses)
+        loss = float(losses.mean())
+        figures = {
+            "train/lm_loss": loss,
+            "train/learning_rate": step.learning_rate,
+            "train/skipped_iterations": self.skipped,
+        }
+        figures["train/nan_iterations"] = int(losses.isnan().sum())
+        if step.gradient_norm is not None:
+            figures["train/grad_norm"] = float(step.gradient_norm)
+        if self.config.model.precision == "fp16":
+            figures["train/loss_scale"] = float(self.engine.loss_scale or 0.0)
+        elif math.isnan(loss):
+            raise UserError(
+                f"iteration {step.progress.iteration}: the loss is not a number; resume from the last checkpoint "
+                "with a lower learning rate or a smaller gradient_clipping"
+            )
+        return figures | self._speed().metrics()
+
+    def _speed(self) -> Throughput:
+        steps = len(self.losses)
+        samples = steps * self.config.batch.train_batch_size
+        return Throughput(
+            samples=samples,
+            tokens=samples * self.config.model.seq_length,
+            steps=steps,
+            seconds=time.perf_counter() - self.since,
+            devices=self.mesh.world_size,
+            flops=self.flops,
+            checkpoint_activations=self.config.training.checkpoint_activations,
+            peak_tflops=self.peak,
+        )
+
+
+def _device_peak(config: Config, mesh: Mesh) -> float | None:
+    if mesh.device.type != "cuda":
+        return None
+    return device_peak_tflops(torch.cuda.get_device_name(mesh.device), precision=config.model.precision)
+
+
+class Evaluation:
+    """Loss on the validation data every `eval_interval` steps."""
+
+    def __init__(self, evaluator: Evaluator, log: MetricLog) -> None:
+        self.evaluator = evaluator
+        self.log = log
+
+    def before_training(self, progress: Progress) -> None:
+        """Nothing to do."""
+
+    def after_step(self, step: Step) -> None:
+        """Evaluate when due."""
+        config, iteration = self.evaluator.engine.config, step.progress.iteration
+        if iteration % config.training.eval_interval == 0:
+            figures = self.evaluator.run(evaluations_before(config, iteration))
+            self.log.log(iteration, {f"validation/{name}": value for name, value in figures.items()})
+
+
+class Checkpoints:
+    """Saves when the configuration says so, and at the end."""
+
+    def __init__(self, engine: Engine, schedule: LRSchedule, *, last_iteration: int) -> None:
+        self.engine = engine
+        self.schedule = schedule
+        self.last_iteration = last_iteration
+
+    def before_training(self, progress: Progress) -> None:
+        """`extra_save_iters: [0]` saves the initial weights."""
+        if progress.iteration == 0 and is_save_point(self.engine.config, 0):
+            save_run(self.engine, progress, self.schedule)
+
+    def after_step(self, step: Step) -> None:
+        """Save when due, and where this process ends the run."""
+        config, iteration = self.engine.config, step.progress.iteration
+        last = iteration == self.last_iteration and config.checkpoint.save is not None
+        if last or is_save_point(config, iteration):
+            save_run(self.engine, step.progress, self.schedule)

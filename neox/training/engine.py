@@ -1,0 +1,117 @@
+"""What the training loop sees of DeepSpeed: one step, one evaluation, and the state of every parameter."""
+
+import logging
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from neox.config import Config, deepspeed_dict
+from neox.parallel.mesh import Mesh
+from neox.training.batches import GlobalBatch
+from neox.training.optimizer import build_optimizer
+
+
+class Engine(ABC):
+    """A model ready to train on this rank.
+
+    Attributes:
+        config, mesh: what was asked for, and where this process stands.
+        deepspeed: the DeepSpeed engine underneath.
+    """
+
+    config: Config
+    mesh: Mesh
+    deepspeed: Any
+
+    @abstractmethod
+    def train_step(self, batch: GlobalBatch) -> torch.Tensor:
+        """Forward, backward and update over all micro-batches; return the mean loss, fp32 scalar on the device."""
+
+    @abstractmethod
+    def evaluate(self, batch: GlobalBatch) -> torch.Tensor:
+        """Mean loss over all micro-batches of all ranks without an update, fp32 scalar on the device."""
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Use this rate in the next update."""
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    @property
+    def gradient_norm(self) -> torch.Tensor | float | None:
+        """L2 norm of the whole gradient before clipping, of the last step."""
+        return self.deepspeed.get_global_grad_norm()
+
+    @property
+    def skipped_last_step(self) -> bool:
+        """Whether the last update was dropped because half-precision gradients were not finite."""
+        return bool(getattr(self.deepspeed.optimizer, "overflow", False))
+
+    @property
+    def loss_scale(self) -> float | None:
+        """The loss scale of fp16; None in other precisions."""
+        return float(self.deepspeed.optimizer.loss_scale) if self.config.model.precision == "fp16" else None
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """This rank's parameters by canonical name, in a fixed order."""
+        return named_by_canon(self.deepspeed.module)
+
+
+def named_by_canon(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters of a built module under the canonical names written on them."""
+    return {p.canonical_name: p for p in module.parameters()}  # type: ignore[attr-defined]
+
+
+def start_deepspeed(model: nn.Module, config: Config, mesh: Mesh, **changes: Any) -> Any:
+    """Wrap `model` in a DeepSpeed engine with our optimizer.
+
+    Args:
+        model: a Decoder or a PipelineModule on this rank's device.
+        config: the run.
+        mesh: the process grid.
+        changes: entries of DeepSpeed's dict that differ from the derived ones.
+    """
+    import deepspeed
+    from deepspeed.utils.timer import NoopTimer
+
+    join_deepspeed()
+    optimizer = build_optimizer(named_by_canon(model).items(), config)
+    is_pipeline = isinstance(model, deepspeed.pipe.PipelineModule)
+    settings = deepspeed_dict(config) | changes
+    quiet = "steps_per_print" not in config.given and not config.logging.wall_clock_breakdown
+    if quiet:
+        settings["steps_per_print"] = None  # the console is ours; DeepSpeed's lines would wait for the device
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        config=settings,
+        mpu=mesh if mesh.tensor_size > 1 and not is_pipeline else None,
+        dist_init_required=False,
+    )
+    if quiet:
+        engine.timers = NoopTimer()  # else the pipeline engine keeps two device events of every step for ever
+    return engine
+
+
+def join_deepspeed() -> None:
+    """Let DeepSpeed use the process group that is already there; call before anything of it is built.
+
+    It is told to print warnings only, and that its CPU collective cannot be had: that is an extension it would
+    compile at start, and gloo does the work.
+    """
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_init_required=False)
+
+
+def mean_over_data(loss: torch.Tensor, mesh: Mesh) -> torch.Tensor:
+    """Average of a scalar over the data-parallel ranks."""
+    if mesh.data_size > 1:
+        dist.all_reduce(loss, group=mesh.data_group)
+        loss /= mesh.data_size
+    return loss

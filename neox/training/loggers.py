@@ -1,0 +1,341 @@
+"""Where metrics go: console, a JSONL file, TensorBoard and Weights & Biases.
+
+Metric names are upstream's: `train/lm_loss`, `train/learning_rate`, `train/loss_scale`, `runtime/...`,
+`validation/...`, `test/...`; ours besides, `train/skipped_iterations` and `train/nan_iterations`, which
+upstream prints but does not record.
+"""
+
+import importlib
+import json
+import math
+import netrc
+import os
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import TYPE_CHECKING, Protocol, Self, SupportsFloat, TextIO
+from urllib.parse import urlsplit
+
+from neox.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from neox.config import Config
+
+Metrics = Mapping[str, float]
+
+
+class Sink(Protocol):
+    """One place that metrics go to."""
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Record the metrics of a step."""
+
+    def progress(self, step: int) -> None:
+        """Take note that `step` steps are done."""
+
+    def close(self) -> None:
+        """Write what is left and let go of files and connections."""
+
+
+class MetricLog:
+    """Passes metrics on to every sink; with no sinks, as on all ranks but 0, it does nothing."""
+
+    def __init__(self, sinks: Iterable[Sink] = ()) -> None:
+        self.sinks = tuple(sinks)
+
+    @classmethod
+    def from_config(cls, config: "Config", *, rank: int, environ: Mapping[str, str] = os.environ) -> Self:
+        """Open what the config asks for: the file and the console always, the others by key.
+
+        The file is `metrics.jsonl` in `save`, else `log_dir`, else the current folder.
+
+        Raises:
+            ConfigError: a package is missing, a folder cannot be written, or Weights & Biases refuses.
+        """
+        if rank != 0:
+            return cls()
+        folder = Path(config.checkpoint.save or config.logging.log_dir or ".")
+        sinks: list[Sink] = [JsonLinesSink(folder / "metrics.jsonl")]
+        sinks += console_sinks(config.training.train_iters)
+        if config.logging.tensorboard_dir:
+            sinks.append(TensorBoardSink(Path(config.logging.tensorboard_dir)))
+        if wants_wandb(config.logging.use_wandb, host=config.logging.wandb_host, environ=environ):
+            sinks.append(WandbSink(config))
+        return cls(sinks)
+
+    def log(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
+        """Record metrics after `step` steps.
+
+        Values are numbers, or anything `float` takes; a tensor on a GPU costs a synchronisation here.
+        """
+        numbers = {name: _number(value) for name, value in metrics.items()}
+        for sink in self.sinks:
+            sink.log(step, numbers)
+
+    def progress(self, step: int) -> None:
+        """Move the progress bar to `step`; cheap enough for every step."""
+        for sink in self.sinks:
+            sink.progress(step)
+
+    def close(self) -> None:
+        """Close all sinks."""
+        for sink in self.sinks:
+            sink.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class JsonLinesSink:
+    """One JSON object a line: `step`, `time` (seconds since 1970), then the metrics.
+
+    Values that JSON lacks are the strings "NaN", "Infinity" and "-Infinity" (as in protobuf's JSON
+    mapping), which `float` reads back. A resumed run appends, so a step repeated after a crash occurs
+    twice: the later line counts.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torn = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
+            self.file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"cannot write {path}: {error.strerror}; change save or log_dir") from error
+        if torn:  # by a run that was killed while writing
+            self.file.write("\n")
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Append one line and hand it to the system, so that a crash loses none."""
+        record = {"step": step, "time": time.time()} | {name: _json(value) for name, value in metrics.items()}
+        self.file.write(json.dumps(record, allow_nan=False) + "\n")
+        self.file.flush()
+
+    def progress(self, step: int) -> None:
+        """Nothing to record."""
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+
+class LineSink:
+    """One line of text for each report, in upstream's format."""
+
+    def __init__(self, total_steps: int | None, stream: TextIO) -> None:
+        self.total_steps = total_steps
+        self.stream = stream
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Print the lines."""
+        for line in console_lines(step, self.total_steps, metrics):
+            print(line, file=self.stream, flush=True)
+
+    def progress(self, step: int) -> None:
+        """Nothing to print."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class BarSink:
+    """A progress bar on a terminal, with evaluation results as lines above it."""
+
+    def __init__(self, total_steps: int | None) -> None:
+        self.total_steps = total_steps
+        self.bar: Progress | None = None
+        self.task: TaskID | None = None
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Show the newest figures beside the bar."""
+        bar, task = self._at(step)
+        if status := "  ".join(_render(_BESIDE_BAR, metrics)):
+            bar.update(task, status=status)
+        for line in evaluation_lines(step, metrics):
+            bar.console.print(line.strip(), highlight=False, markup=False)
+
+    def progress(self, step: int) -> None:
+        """Move the bar."""
+        bar, task = self._at(step)
+        bar.update(task, completed=step)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self.bar is not None:
+            self.bar.stop()
+
+    def _at(self, step: int) -> tuple["Progress", "TaskID"]:
+        # Made at the first step, which a resumed run does not start at: the time left is reckoned from there.
+        if self.bar is None or self.task is None:
+            self.bar = _build_bar()
+            self.task = self.bar.add_task("train", total=self.total_steps, completed=step, status="")
+            self.bar.start()
+        return self.bar, self.task
+
+
+class TensorBoardSink:
+    """Scalars in TensorBoard's event files."""
+
+    def __init__(self, folder: Path) -> None:
+        module = _optional_import("torch.utils.tensorboard", key="tensorboard_dir", install="pip install tensorboard")
+        try:
+            self.writer = module.SummaryWriter(log_dir=str(folder))
+        except OSError as error:
+            raise ConfigError(f"cannot write {folder}: {error.strerror}; change tensorboard_dir") from error
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Add one scalar a metric."""
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+
+    def progress(self, step: int) -> None:
+        """Nothing to record."""
+
+    def close(self) -> None:
+        """Write what is buffered."""
+        self.writer.close()
+
+
+class WandbSink:
+    """A run at Weights & Biases, or on disk alone with WANDB_MODE=offline."""
+
+    def __init__(self, config: "Config") -> None:
+        wandb = _optional_import("wandb", key="use_wandb", install="pip install wandb")
+        settings = config.logging
+        try:
+            self.run = wandb.init(
+                project=settings.wandb_project,
+                entity=settings.wandb_team,
+                group=settings.wandb_group,
+                name=settings.wandb_run_name,
+                config=config.to_flat(),
+                settings=wandb.Settings(base_url=settings.wandb_host),
+            )
+        except wandb.Error as error:
+            reason = str(error).partition("\n")[0]
+            raise ConfigError(
+                f"Weights & Biases: {reason}: run `wandb login`, set WANDB_MODE=offline or use_wandb: false"
+            ) from error
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Send the metrics of a step."""
+        self.run.log(dict(metrics), step=step)
+
+    def progress(self, step: int) -> None:
+        """Nothing to record."""
+
+    def close(self) -> None:
+        """Finish the run."""
+        self.run.finish()
+
+
+def console_sinks(total_steps: int | None) -> Sequence[Sink]:
+    """Choose a bar if stderr is a terminal, and lines on stdout if it is not or if stdout goes elsewhere."""
+    sinks: list[Sink] = [BarSink(total_steps)] if sys.stderr.isatty() else []
+    if not (sys.stderr.isatty() and sys.stdout.isatty()):
+        sinks.append(LineSink(total_steps, sys.stdout))
+    return sinks
+
+
+def wants_wandb(use_wandb: bool | None, *, host: str, environ: Mapping[str, str]) -> bool:
+    """Whether to report to Weights & Biases; with `use_wandb` absent, as upstream, if an API key is found."""
+    if use_wandb is not None:
+        return use_wandb
+    if environ.get("WANDB_API_KEY") or environ.get("WANDB_LOCAL"):
+        return True
+    try:
+        return netrc.netrc(environ.get("NETRC")).authenticators(urlsplit(host).hostname or "") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def console_lines(step: int, total_steps: int | None, metrics: Metrics) -> list[str]:
+    """Upstream's console line if there are metrics of training, and one line for each evaluation.
+
+    What a line has no metric for is left out; `train/` metrics beyond upstream's own come in the order given.
+    """
+    lines = evaluation_lines(step, metrics)
+    if not any(name.startswith(("train/", "runtime/")) for name in metrics):
+        return lines
+    named = {name for name, _, _ in (*_BEFORE_LOSS, *_AFTER_LOSS)} | {"runtime/samples_per_sec"}
+    objective = [name for name in metrics if name.startswith("train/") and name not in named]
+    total = "" if total_steps is None else f"/{total_steps:8d}"
+    parts = [
+        *_render((("runtime/samples_per_sec", "samples/sec: {:.3f}", 1),), metrics),
+        f"iteration {step:8d}{total}",
+        *_render(_BEFORE_LOSS, metrics),
+        *(f"{name.removeprefix('train/')}: {metrics[name]:.6E}" for name in objective),
+        *_render(_AFTER_LOSS, metrics),
+    ]
+    return ["".join(f" {part} |" for part in parts), *lines]
+
+
+def evaluation_lines(step: int, metrics: Metrics) -> list[str]:
+    """One line for the `validation/` metrics and one for the `test/` metrics, where there are any."""
+    lines = []
+    for split in ("validation", "test"):
+        names = [name for name in metrics if name.startswith(f"{split}/")]
+        if names:
+            figures = "".join(f" {name.removeprefix(f'{split}/')}: {metrics[name]:.6E} |" for name in names)
+            lines.append(f" {split} results at iteration {step} |{figures}")
+    return lines
+
+
+# Metric, how it reads, and the factor that turns it into the unit shown.
+_Part = tuple[str, str, float]
+_BEFORE_LOSS: tuple[_Part, ...] = (
+    ("runtime/iteration_time", "elapsed time per iteration (ms): {:.1f}", 1e3),
+    ("train/learning_rate", "learning rate: {:.3E}", 1),
+    ("runtime/flops_per_sec_per_gpu", "approx flops per GPU: {:.3g}TFLOPS", 1e-12),
+    ("runtime/model_flops_utilization", "MFU: {:.1f}%", 100),
+    ("runtime/hardware_flops_utilization", "HFU: {:.1f}%", 100),
+)
+_AFTER_LOSS: tuple[_Part, ...] = (
+    ("train/loss_scale", "loss scale: {:.1f}", 1),
+    ("train/skipped_iterations", "number of skipped iterations: {:3.0f}", 1),
+    ("train/nan_iterations", "number of nan iterations: {:3.0f}", 1),
+)
+_BESIDE_BAR: tuple[_Part, ...] = (
+    ("train/lm_loss", "loss {:.3f}", 1),
+    ("train/learning_rate", "lr {:.2e}", 1),
+    ("runtime/tokens_per_sec", "{:,.0f} tokens/s", 1),
+    ("runtime/model_flops_utilization", "MFU {:.1f}%", 100),
+)
+
+
+def _render(parts: Iterable[_Part], metrics: Metrics) -> list[str]:
+    return [text.format(metrics[name] * factor) for name, text, factor in parts if name in metrics]
+
+
+def _build_bar() -> "Progress":
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[status]}"))
+    return Progress(*columns, console=Console(stderr=True))
+
+
+def _optional_import(name: str, *, key: str, install: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        missing = error.name or name
+        raise ConfigError(f"{key} is set but {missing} is not installed: {install}, or unset {key}") from error
+
+
+def _number(value: SupportsFloat) -> float:
+    return value if isinstance(value, int) else float(value)
+
+
+def _json(value: float) -> float | str:
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

@@ -1,0 +1,88 @@
+"""What can be found wrong before any worker starts."""
+
+from pathlib import Path
+
+from neox.checkpoint.open import open_checkpoint
+from neox.checkpoint.weights import check_shape, missing_tensor
+from neox.config import Config
+from neox.data import build_tokenizer, padded_vocab_size
+from neox.data.build import SPLITS
+from neox.data.indexed import IndexedDataset
+from neox.errors import ConfigError
+from neox.launch.hosts import has_hostfile
+from neox.model.build import meta_decoder
+from neox.training.run import agreed_schedule, load_folder, resumable, with_iterations
+
+
+def prepare(config: Config) -> Config:
+    """Resolve what depends on files, and check that the run can start.
+
+    Returns:
+        The configuration with its vocabulary settled.
+
+    Raises:
+        UserError: a file is missing or damaged, or a checkpoint does not fit the model.
+    """
+    if not config.optimizer.is_given:
+        raise ConfigError('optimizer: missing; training needs one, {"type": "Adam", "params": {"lr": 6.0e-4}} say')
+    config = settle_vocabulary(config)
+    _open_data(config)
+    folder = load_folder(config)
+    if folder is not None:
+        if not config.checkpoint.finetune:
+            agreed_schedule(with_iterations(config), resumable(folder))
+        check_shapes(config, folder)
+    return config
+
+
+def remarks(config: Config) -> list[str]:
+    """Lines that whoever starts a run should read once, beyond the configuration's own notices."""
+    lines = list(config.notices)
+    if config.checkpoint.load is not None and load_folder(config) is None:
+        lines.append(f"load {config.checkpoint.load}: no checkpoint there yet, starting from fresh weights")
+    if config.launch.hostfile is not None and not has_hostfile(config):
+        lines.append(f"hostfile {config.launch.hostfile}: no such file, starting on this machine alone")
+    if config.evaluation.eval_tasks:
+        lines.append("eval_tasks: not run while training; run evaluate.py with the same files")
+    return lines
+
+
+def settle_vocabulary(config: Config) -> Config:
+    """Fix the softmax's size: the configuration's, the checkpoint's, or the tokenizer's padded as upstream does."""
+    if config.model.padded_vocab_size is not None:
+        return config
+    folder = load_folder(config)
+    if folder is not None:
+        return config.with_vocabulary(open_checkpoint(folder).padded_vocab_size)
+    tokenizer = build_tokenizer(config.tokenizer)
+    return config.with_vocabulary(
+        padded_vocab_size(
+            tokenizer.vocab_size,
+            divisible_by=config.model.make_vocab_size_divisible_by,
+            model_parallel_size=config.parallel.model_parallel_size,
+        )
+    )
+
+
+def _open_data(config: Config) -> None:
+    """Open every file of the data, which checks them."""
+    data = config.data
+    paths = [getattr(data, f"{split}{kind}_data_paths") for split in SPLITS for kind in ("", "_label")]
+    for prefix in [data.data_path, *(path for given in paths for path in given or ())]:
+        if prefix:
+            IndexedDataset(prefix, data_impl=data.data_impl)
+    if config.data.eod_mask_loss or config.training.char_level_ppl:
+        build_tokenizer(config.tokenizer)
+
+
+def check_shapes(config: Config, folder: Path) -> None:
+    """Compare every parameter of the model with the checkpoint's, without reading a tensor.
+
+    Raises:
+        CheckpointError: naming the first that differs, with both shapes.
+    """
+    shapes = open_checkpoint(folder).shapes()
+    for name, parameter in meta_decoder(config.model).named_parameters():
+        if name not in shapes:
+            raise missing_tensor(folder, name)
+        check_shape(folder, name, shapes[name], parameter.shape)

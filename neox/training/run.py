@@ -1,0 +1,173 @@
+"""A whole training run in one worker, from the configuration to the last checkpoint."""
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from neox.checkpoint.huggingface import is_huggingface
+from neox.checkpoint.manifest import Progress, checkpoint_folder, is_native
+from neox.checkpoint.native import NativeReader
+from neox.checkpoint.open import open_checkpoint
+from neox.config import Config
+from neox.data import BatchLoader, Coordinator, DatasetSplits, build_datasets, build_tokenizer, train_iters_for_epochs
+from neox.errors import CheckpointError
+from neox.model.build import WeightSource, fresh_weights
+from neox.parallel.mesh import Mesh, build_mesh
+from neox.parallel.rng import seed_dropout
+from neox.training.batches import BatchMaker
+from neox.training.callbacks import Checkpoints, Evaluation, Metrics
+from neox.training.checkpoints import resume_run
+from neox.training.engine import Engine
+from neox.training.loggers import MetricLog
+from neox.training.loop import Callback, Run, training_loop
+from neox.training.plain import PlainEngine
+from neox.training.schedule import LRSchedule
+from neox.training.validation import Evaluator
+
+
+def train(config: Config) -> Progress:
+    """Train as configured; RANK, WORLD_SIZE and the rest of torch's variables say which worker this is.
+
+    Returns:
+        Where the run stands at its end.
+    """
+    progress = _train(config, build_mesh(config))
+    # Only on success: with NCCL, leaving the group while others wait in it would hang the rank that failed.
+    dist.destroy_process_group()
+    return progress
+
+
+def _train(config: Config, mesh: Mesh) -> Progress:
+    data = build_datasets(config, _coordinator(mesh))
+    config = with_iterations(config)
+    seed_dropout(config.training.seed, mesh)
+    engine, progress, schedule = start_or_resume(config, mesh)
+    batches = batch_maker(config, mesh)
+    tokenizer = build_tokenizer(config.tokenizer) if config.training.char_level_ppl else None
+    last = last_iteration(config, progress.iteration)
+    with MetricLog.from_config(config, rank=mesh.rank) as log:
+        if config.training.do_train and data.train is not None:
+            callbacks: list[Callback] = [Metrics(engine, log, last_iteration=last)]
+            if data.valid is not None and config.training.do_valid:
+                callbacks.append(Evaluation(Evaluator(engine, data.valid, batches, tokenizer), log))
+            callbacks.append(Checkpoints(engine, schedule, last_iteration=last))
+            loader = train_loader(config, mesh, data, progress.consumed_samples)
+            progress = training_loop(Run(engine, loader, batches, schedule, last), progress, callbacks)
+        if data.test is not None and config.training.do_test and progress.iteration == config.training.train_iters:
+            figures = Evaluator(engine, data.test, batches, tokenizer).run(0)
+            log.log(progress.iteration, {f"test/{name}": value for name, value in figures.items()})
+    return progress
+
+
+def with_iterations(config: Config) -> Config:
+    """`config` with `train_epochs` turned into iterations; the datasets are built from the one before."""
+    if config.training.train_iters is not None or config.training.train_epochs is None:
+        return config
+    return config.with_train_iters(train_iters_for_epochs(config))
+
+
+def start_or_resume(config: Config, mesh: Mesh) -> tuple[Engine, Progress, LRSchedule]:
+    """Build the engine from fresh weights, from a checkpoint's weights, or as a checkpoint's run left it.
+
+    Raises:
+        CheckpointError: if `load` cannot be used as asked.
+    """
+    folder = load_folder(config)
+    if folder is None:
+        return build_engine(config, mesh, fresh_weights(config)), Progress(), LRSchedule.from_config(config)
+    if config.checkpoint.finetune:
+        weights = open_checkpoint(folder).weight
+        return build_engine(config, mesh, weights), Progress(), LRSchedule.from_config(config)
+    reader = resumable(folder)
+    schedule = agreed_schedule(config, reader)
+    engine = build_engine(config, mesh, reader.weight)
+    return engine, resume_run(engine, reader), schedule
+
+
+def resumable(folder: Path) -> NativeReader:
+    """Open a checkpoint to go on from.
+
+    Raises:
+        CheckpointError: if it is none of this project's.
+    """
+    if not is_native(folder):
+        raise CheckpointError(
+            f"load {folder}: only its weights can be used, it is no checkpoint of this project; set finetune: true"
+        )
+    return NativeReader(folder)
+
+
+def agreed_schedule(config: Config, reader: NativeReader) -> LRSchedule:
+    """The schedule to go on with: the configuration's, the checkpoint's, or both where they agree."""
+    return LRSchedule.from_config(config).reconcile(
+        reader.manifest.schedule,
+        override_lr_scheduler=config.schedule.override_lr_scheduler,
+        use_checkpoint_lr_scheduler=config.schedule.use_checkpoint_lr_scheduler,
+    )
+
+
+def load_folder(config: Config) -> Path | None:
+    """The checkpoint that `load` means; None where there is none yet and the run starts from scratch.
+
+    As upstream: a folder without `latest` is not an error, unless `iteration` or `finetune` says that there must be
+    something. That lets the same command start a run and take it up again.
+
+    Raises:
+        CheckpointError: if there must be a checkpoint and is not.
+    """
+    settings = config.checkpoint
+    if settings.load is None:
+        return None
+    root = Path(settings.load)
+    folder = checkpoint_folder(root, settings.iteration)
+    if folder is None and (settings.finetune or is_huggingface(root)):
+        if root.is_dir():
+            return root
+        raise CheckpointError(f"load {root}: no such folder, and finetune: true needs weights to start from")
+    return folder
+
+
+def build_engine(config: Config, mesh: Mesh, source: WeightSource) -> Engine:
+    """The engine that the layout asks for."""
+    if config.parallel.pipeline_stages == 1:
+        return PlainEngine(config, mesh, source)
+    from neox.training.pipeline import PipelineEngine
+
+    return PipelineEngine(config, mesh, source)
+
+
+def batch_maker(config: Config, mesh: Mesh) -> BatchMaker:
+    """How a step's batch is made."""
+    mask_after = build_tokenizer(config.tokenizer).eod if config.data.eod_mask_loss else None
+    return BatchMaker(mesh, config.batch.gradient_accumulation_steps, mask_after)
+
+
+def train_loader(config: Config, mesh: Mesh, data: DatasetSplits, consumed: int) -> BatchLoader:
+    """Micro-batches of this data-parallel rank from the first sample not yet consumed."""
+    assert data.train is not None, "there are training data"
+    return BatchLoader(
+        data.train,
+        micro_batch_size=config.batch.train_micro_batch_size_per_gpu,
+        dp_rank=mesh.data_rank,
+        dp_size=mesh.data_size,
+        start=consumed,
+        num_workers=config.data.num_workers,
+    )
+
+
+def last_iteration(config: Config, start: int) -> int:
+    """Where this process stops: the end of the run, or before it at the next multiple of `exit_interval`."""
+    end = config.training.train_iters
+    assert end is not None, "train_iters was resolved"
+    interval = config.training.exit_interval
+    return min(end, (start // interval + 1) * interval) if interval else end
+
+
+def _coordinator(mesh: Mesh) -> Coordinator:
+    return Coordinator(global_rank=mesh.rank, local_rank=mesh.local_rank, barrier=dist.barrier)
+
+
+def cuda_device_count() -> int:
+    """GPUs that this machine offers."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0

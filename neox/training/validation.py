@@ -1,0 +1,82 @@
+"""Loss on held-out data while a model trains."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from neox.config import Config
+from neox.data import BatchLoader, Tokenizer
+from neox.data.blending import SampleSource
+from neox.training.batches import BatchMaker, GlobalBatch
+from neox.training.engine import Engine
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Runs `eval_iters` batches of a dataset through the model.
+
+    Attributes:
+        engine: the model.
+        dataset: held-out samples.
+        batches: makes the batches.
+        tokenizer: given where the perplexity per character is asked for (`char_level_ppl`).
+    """
+
+    engine: Engine
+    dataset: SampleSource
+    batches: BatchMaker
+    tokenizer: Tokenizer | None = None
+
+    def run(self, number: int) -> dict[str, float]:
+        """Evaluation `number` (0, 1, ...) of the run, on samples of its own as upstream reads them.
+
+        Returns:
+            `lm_loss`, nats per token over all unmasked tokens of all batches; `lm_loss_ppl`, its exponential; and
+            where asked for `lm_loss_char_lvl_ppl`, exp(lm_loss x tokens / characters).
+        """
+        config, mesh = self.engine.config, self.engine.mesh
+        per_evaluation = config.training.eval_iters * config.batch.train_batch_size
+        loader = BatchLoader(
+            self.dataset,
+            micro_batch_size=config.batch.train_micro_batch_size_per_gpu,
+            dp_rank=mesh.data_rank,
+            dp_size=mesh.data_size,
+            start=number * per_evaluation,
+        )
+        loss = torch.zeros((), device=mesh.device)
+        tokens, characters = torch.zeros_like(loss), torch.zeros_like(loss)
+        for _ in range(config.training.eval_iters):
+            batch = self.batches.next(loader)
+            loss += self.engine.evaluate(batch) * batch.token_count
+            tokens += batch.token_count
+            characters += self._characters(batch)
+        mean = float(loss / tokens.clamp(min=1.0))
+        figures = {"lm_loss": mean, "lm_loss_ppl": perplexity(mean)}
+        if self.tokenizer is not None:
+            figures["lm_loss_char_lvl_ppl"] = perplexity(float(loss / characters.clamp(min=1.0)))
+        return figures
+
+    def _characters(self, batch: GlobalBatch) -> torch.Tensor:
+        """Characters of the predicted text over all data-parallel ranks, fp32 scalar."""
+        mesh = self.engine.mesh
+        count = torch.zeros((), device=mesh.device)
+        if self.tokenizer is None:
+            return count
+        for _, targets in batch.micro_batches:
+            for labels, weights in zip(targets.labels_BS, targets.weights_BS, strict=True):
+                count += len(self.tokenizer.detokenize(labels[weights > 0].tolist()))
+        if mesh.data_size > 1:
+            dist.all_reduce(count, group=mesh.data_group)
+        return count
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that overflows."""
+    return math.exp(loss) if loss < 700.0 else math.inf
+
+
+def evaluations_before(config: Config, iteration: int) -> int:
+    """How many evaluations a run has made before this iteration's."""
+    return max(0, iteration - 1) // config.training.eval_interval

@@ -1,0 +1,139 @@
+"""Native checkpoints on disk: committed whole, refused when damaged."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from neox.checkpoint.manifest import Layout, Manifest, Progress, checkpoint_folder
+from neox.checkpoint.native import NativeReader, StoredTensor, Team, prune_checkpoints, write_checkpoint
+from neox.errors import CheckpointError
+
+NAME = "layers.2.mlp.linear1.bias"
+
+
+def manifest(iteration: int) -> Manifest:
+    return Manifest(
+        progress=Progress(iteration=iteration, consumed_samples=8 * iteration),
+        layout=Layout(1, 1, 1, 0),
+        padded_vocab_size=131,
+        precision="fp32",
+        schedule={},
+        optimizer="adam",
+        config={},
+        files={},
+        tensors={},
+    )
+
+
+def save(root: Path, iteration: int, value: float = 1.0) -> Path:
+    tensors = [
+        StoredTensor("model", NAME, torch.full((4,), value)),
+        StoredTensor("optimizer", f"{NAME}/exp_avg", torch.zeros(4)),
+    ]
+    return write_checkpoint(
+        root,
+        iteration=iteration,
+        tensors=tensors,
+        manifest=manifest(iteration),
+        configs={"a/model.yml": "{}"},
+        team=Team(),
+    )
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    folder = save(tmp_path, 3)
+    assert checkpoint_folder(tmp_path) == folder == tmp_path / "global_step3"
+    reader = NativeReader(folder)
+    assert reader.names() == [NAME]
+    assert reader.shapes() == {NAME: (4,)}
+    assert torch.equal(reader.weight(NAME, torch.Size([4])), torch.ones(4))
+    assert reader.manifest.progress == Progress(iteration=3, consumed_samples=24)
+    assert (folder / "configs" / "model.yml").read_text() == "{}"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["global_step3", "latest"]
+    assert all(path.stat().st_mode & 0o044 for path in folder.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("failing", ["save_file", "write_whole", "flush"])
+def test_a_failed_save_leaves_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    save(tmp_path, 1)
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(f"neox.checkpoint.native.{failing}", fail)
+    with pytest.raises(CheckpointError, match="disk full"):
+        save(tmp_path, 2)
+    monkeypatch.undo()
+    folder = checkpoint_folder(tmp_path)
+    assert folder == tmp_path / "global_step1"
+    assert NAME in NativeReader(folder)
+    assert save(tmp_path, 2) == checkpoint_folder(tmp_path)
+
+
+def test_the_same_iteration_again(tmp_path: Path) -> None:
+    save(tmp_path, 1, value=1.0)
+    folder = save(tmp_path, 1, value=2.0)
+    assert NativeReader(folder).tensor(NAME)[0] == 2.0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["global_step1", "latest"]
+
+
+def test_killed_between_the_renames_of_a_second_save(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    shutil.move(folder, tmp_path / ".global_step1.replaced")
+    found = checkpoint_folder(tmp_path)
+    assert found is not None
+    assert NativeReader(found).tensor(NAME)[0] == 1.0
+    save(tmp_path, 1, value=2.0)
+    assert checkpoint_folder(tmp_path) == folder
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    file = folder / "model-00000-000.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1])
+    with pytest.raises(CheckpointError, match=r"model-00000-000\.safetensors: has \d+ bytes"):
+        NativeReader(folder)
+    file.unlink()
+    with pytest.raises(CheckpointError, match="missing"):
+        NativeReader(folder)
+    file.write_bytes(os.urandom(len(content)))
+    with pytest.raises(CheckpointError, match="damaged"):
+        NativeReader(folder).tensor(NAME)
+    (folder / "manifest.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        NativeReader(folder)
+    (folder / "manifest.json").write_text(json.dumps({"format": "other"}))
+    with pytest.raises(CheckpointError, match="version"):
+        NativeReader(folder)
+
+
+def test_wrong_shape_and_absent_tensor(tmp_path: Path) -> None:
+    reader = NativeReader(save(tmp_path, 1))
+    with pytest.raises(CheckpointError, match=r"\[4\].*\[5\]"):
+        reader.weight(NAME, torch.Size([5]))
+    with pytest.raises(CheckpointError, match="has no tensor"):
+        reader.tensor("layers.9.x")
+
+
+def test_pruning_keeps_the_newest_and_the_named(tmp_path: Path) -> None:
+    for iteration in (1, 2, 10, 9):
+        save(tmp_path, iteration)
+    prune_checkpoints(tmp_path, keep=2)
+    assert sorted(p.name for p in tmp_path.glob("global_step*")) == ["global_step10", "global_step9"]
+    (tmp_path / "latest").write_text("global_step10")
+    prune_checkpoints(tmp_path, keep=1)
+    assert sorted(p.name for p in tmp_path.glob("global_step*")) == ["global_step10", "global_step9"]
+
+
+def test_missing_checkpoints(tmp_path: Path) -> None:
+    assert checkpoint_folder(tmp_path) is None
+    save(tmp_path, 4)
+    with pytest.raises(CheckpointError, match="global_step4"):
+        checkpoint_folder(tmp_path, 5)

@@ -1,0 +1,184 @@
+"""Tokenizers: special tokens, round trips, upstream's tokenization, and clear refusals."""
+
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import sentencepiece
+import tokenizers
+from data_pipeline.golden_files import FOLDER, read_json
+
+from neox.data import build_tokenizer, padded_vocab_size
+from neox.data.tokenizers.train import save_tokenizer, train_bpe
+from neox.errors import DataError
+
+CORPUS = "def add(a, b):\n    return a + b\n\nnaïve café 東京 — the end. " * 40
+
+
+def options(tokenizer_type: str, vocab_file: object = None, merge_file: object = None) -> SimpleNamespace:
+    """Return a tokenizer section."""
+    return SimpleNamespace(
+        tokenizer_type=tokenizer_type,
+        vocab_file=vocab_file and str(vocab_file),
+        merge_file=merge_file and str(merge_file),
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train a small BPE tokenizer; return its file."""
+    folder = tmp_path_factory.mktemp("bpe")
+    (folder / "corpus.txt").write_text(CORPUS, encoding="utf-8")
+    save_tokenizer(train_bpe([folder / "corpus.txt"], vocab_size=300), folder / "tokenizer.json")
+    return folder / "tokenizer.json"
+
+
+def test_trained_tokenizer_round_trips_and_has_its_special_tokens(trained: Path) -> None:
+    tokenizer = build_tokenizer(options("HFTokenizer", trained))
+    assert (tokenizer.vocab_size, tokenizer.eod, tokenizer.pad) == (300, 0, 1)
+    ids = tokenizer.tokenize(CORPUS)
+    assert tokenizer.detokenize(ids) == CORPUS
+    assert len(ids) < len(CORPUS.encode()) * 0.7
+    assert tokenizer.tokenize("a<|endoftext|>b").count(0) == 1
+    assert tokenizer.detokenize(tokenizer.tokenize("\U0001f680 \x00")) == "\U0001f680 \x00"  # bytes never seen
+    assert tokenizer.tokenize_batch(["x y", "", "東"]) == [tokenizer.tokenize(text) for text in ("x y", "", "東")]
+    assert tokenizer.detokenize([*tokenizer.tokenize("ab"), 303]) == "ab"
+
+
+def test_nfkc_is_upstreams_normalization_and_can_be_left_out(tmp_path: Path) -> None:
+    (tmp_path / "c.txt").write_text(CORPUS, encoding="utf-8")
+    ligature = "ﬁne"
+    for nfkc, text in ((True, "fine"), (False, ligature)):
+        tokenizer = train_bpe([tmp_path / "c.txt"], vocab_size=280, nfkc=nfkc)
+        assert tokenizer.decode(tokenizer.encode(ligature).ids) == text
+
+
+def test_a_vocabulary_smaller_than_the_bytes_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="at least 258"):
+        train_bpe([tmp_path], vocab_size=100)
+
+
+def test_truncation_in_the_file_is_switched_off(trained: Path, tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer.from_file(str(trained))
+    backend.enable_truncation(4)
+    backend.enable_padding(length=10)
+    backend.save(str(tmp_path / "t.json"))
+    text = "def add(a, b): return b + a"
+    cut, whole = (build_tokenizer(options("HFTokenizer", path)) for path in (tmp_path / "t.json", trained))
+    assert cut.tokenize(text) == whole.tokenize(text)
+    assert len(whole.tokenize(text)) > 10
+
+
+def _with_specials(trained: Path, path: Path, names: list[str]) -> Path:
+    content = json.loads(trained.read_text())
+    for number, name in enumerate(names):
+        old = content["added_tokens"][number]["content"]
+        content["added_tokens"][number]["content"] = name
+        content["model"]["vocab"][name] = content["model"]["vocab"].pop(old)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_another_end_of_document_is_found(trained: Path, tmp_path: Path) -> None:
+    path = _with_specials(trained, tmp_path / "t.json", ["<unk>", "</s>"])
+    tokenizer = build_tokenizer(options("HFTokenizer", path))
+    assert (tokenizer.eod, tokenizer.pad) == (1, 1)
+
+
+def test_no_end_of_document_names_what_there_is(trained: Path, tmp_path: Path) -> None:
+    path = _with_specials(trained, tmp_path / "t.json", ["<unk>", "[MASK]"])
+    with pytest.raises(DataError, match=r"special tokens are <unk>, \[MASK\]"):
+        build_tokenizer(options("HFTokenizer", path))
+
+
+def test_gpt2_files_tokenize_as_the_json_of_the_same_vocabulary(trained: Path, tmp_path: Path) -> None:
+    model = json.loads(trained.read_text())["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = "\n".join(" ".join(pair) for pair in model["merges"])
+    (tmp_path / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+    gpt2 = build_tokenizer(options("GPT2BPETokenizer", tmp_path / "vocab.json", tmp_path / "merges.txt"))
+    json_file = build_tokenizer(options("HFTokenizer", trained))
+    text = " def café 東京\n\tend<|endoftext|>x"
+    assert gpt2.tokenize(text) == json_file.tokenize(text)
+    assert gpt2.eod == 0
+    assert gpt2.vocab_size == 300
+    assert gpt2.detokenize(gpt2.tokenize(text)) == text
+
+
+def test_gpt2_tokenization_is_upstreams() -> None:
+    """The files hold the merges of GPT-2 that can occur in these texts; the token numbers are GPT-2's."""
+    files = FOLDER / "gpt2_subset_vocab.json", FOLDER / "gpt2_subset_merges.txt"
+    tokenizer = build_tokenizer(options("GPT2BPETokenizer", *files))
+    for text, ids in read_json("tokenize_gpt2json.json").items():
+        assert tokenizer.tokenize(text) == ids
+        assert tokenizer.detokenize(ids) == text
+    assert (tokenizer.vocab_size, tokenizer.eod, tokenizer.pad) == (50_257, 50_256, 50_256)
+
+
+def _sentencepiece(path: Path, **settings: object) -> Path:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS.split("\n") * 5),
+        model_writer=model,
+        vocab_size=110,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **settings,
+    )
+    path.write_bytes(model.getvalue())
+    return path
+
+
+def test_sentencepiece_ends_documents_with_its_own_token_never_unk(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer(options("SPMTokenizer", _sentencepiece(tmp_path / "m.model")))
+    assert (tokenizer.eod, tokenizer.pad) == (2, 2)  # </s>; <unk> is 0
+    text = "return a + b the end."
+    assert tokenizer.detokenize(tokenizer.tokenize(text)) == text
+    assert tokenizer.tokenize_batch([text, ""]) == [tokenizer.tokenize(text), []]
+
+
+def test_sentencepiece_prefers_the_piece_of_that_name(tmp_path: Path) -> None:
+    path = _sentencepiece(tmp_path / "m.model", user_defined_symbols=["<|endoftext|>", "<|padding|>"])
+    tokenizer = build_tokenizer(options("SPMTokenizer", path))
+    assert (tokenizer.eod, tokenizer.pad) == (3, 4)
+
+
+def test_sentencepiece_without_any_end_is_refused(tmp_path: Path) -> None:
+    path = _sentencepiece(tmp_path / "m.model", eos_id=-1)
+    with pytest.raises(DataError, match="neither a piece"):
+        build_tokenizer(options("SPMTokenizer", path))
+
+
+def test_characters_are_bytes() -> None:
+    tokenizer = build_tokenizer(options("CharLevelTokenizer"))
+    assert tokenizer.tokenize("aé") == [97, 195, 169]
+    assert tokenizer.detokenize([97, 195, 169, 300]) == "aé"
+    assert (tokenizer.vocab_size, tokenizer.eod, tokenizer.pad) == (512, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "vocab", "merges", "message"),
+    [
+        ("WordTokenizer", None, None, "'WordTokenizer' is unknown; use GPT2BPETokenizer"),
+        ("HFTokenizer", None, None, "needs a file: set vocab_file"),
+        ("HFTokenizer", "missing.json", None, r"missing\.json: no such file"),
+        ("HFTokenizer", __file__, None, "not a tokenizers JSON file"),
+        ("GPT2BPETokenizer", __file__, None, "set merge_file"),
+        ("GPT2BPETokenizer", __file__, __file__, "not a GPT-2 vocabulary"),
+        ("SPMTokenizer", __file__, None, "not a SentencePiece model"),
+    ],
+)
+def test_mistakes_are_one_line(kind: str, vocab: str | None, merges: str | None, message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        build_tokenizer(options(kind, vocab, merges))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("vocab", "size", "padded"),
+    [(50_257, 1, 50_304), (50_257, 2, 50_432), (50_257, 8, 51_200), (50_277, 4, 50_688), (128, 1, 128)],
+)
+def test_padded_vocabulary(vocab: int, size: int, padded: int) -> None:
+    assert padded_vocab_size(vocab, divisible_by=128, model_parallel_size=size) == padded

@@ -1,0 +1,76 @@
+"""Exit statuses and messages of a script run alone or under a foreign launcher."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from neox.errors import ConfigError, UserError
+from neox.launch.main import script_main
+from neox.launch.reporting import report_user_error
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "NEOX_ERROR_LOCK", "NEOX_LAUNCHER_PID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def raising(error):
+    def body(arguments):
+        raise error
+
+    return body
+
+
+def test_statuses(capsys):
+    assert script_main(lambda arguments: None, []) == 0
+    assert script_main(lambda arguments: 7, []) == 7
+    assert script_main(raising(KeyboardInterrupt()), []) == 130
+    assert script_main(raising(ConfigError("x.yml:1: bad")), []) == 2
+    assert capsys.readouterr().err == "x.yml:1: bad\n"
+
+
+def test_a_defect_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        script_main(lambda arguments: 1 // 0, [])
+
+
+def test_arguments_without_local_rank(monkeypatch):
+    seen = []
+    monkeypatch.setattr(sys, "argv", ["train.py", "--local_rank=1", "a.yml"])
+    assert script_main(seen.extend) == 0
+    assert seen == ["a.yml"]
+
+
+def test_first_rank_of_a_host_prints_at_once(capsys):
+    begun = time.monotonic()
+    report_user_error(UserError("no data"), environ={"RANK": "8", "LOCAL_RANK": "0"})
+    assert capsys.readouterr().err == "no data\n"
+    assert time.monotonic() - begun < 0.5
+
+
+def test_other_ranks_leave_time_to_be_ended(capsys):
+    begun = time.monotonic()
+    report_user_error(UserError("no data"), environ={"RANK": "9", "LOCAL_RANK": "1"})
+    assert capsys.readouterr().err == "[rank 9] no data\n"
+    assert time.monotonic() - begun >= 1.0
+
+
+def test_launch_imports_no_torch():
+    modules = "neox.launch.arguments, neox.launch.environment, neox.launch.local, neox.launch.main"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules or 'pydantic' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_reader_that_leaves_is_no_defect() -> None:
+    script = "import sys; from neox.launch.main import script_main\n"
+    script += "sys.exit(script_main(lambda argv: [print(i) for i in range(10**6)] and 0, []))"
+    writer = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert writer.stdout is not None
+    assert writer.stderr is not None
+    writer.stdout.readline()
+    writer.stdout.close()
+    assert writer.stderr.read() == b""
+    assert writer.wait() == 141

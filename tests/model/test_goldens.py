@@ -1,0 +1,66 @@
+import numpy as np
+import pytest
+import torch
+from golden_models import GOLDENS, canonical, read_golden
+
+from neox.model.build import DTYPES, build_decoder
+from neox.model.loss import Targets, token_losses
+
+PATHS = sorted((GOLDENS / "logits").glob("*.npz"))
+BF16 = [path for path in PATHS if path.stem.endswith("_bf16")]
+FP32 = [path for path in PATHS if path not in BF16]
+
+
+def rms(tensor):
+    return tensor.square().mean().sqrt().item()
+
+
+def load(path):
+    config, arrays, weights = read_golden(path)
+    named = {canonical(name): tensor for name, tensor in weights.items()}
+    model = build_decoder(
+        config.model, source=lambda name, shape: named[name].view(shape), dtype=DTYPES[config.model.precision]
+    )
+    return config, arrays, named, model
+
+
+@pytest.mark.parametrize("path", FP32, ids=lambda path: path.stem)
+def test_logits_are_upstreams(path):
+    _, arrays, named, model = load(path)
+    unused = set(named) - {name for name, _ in model.named_parameters()}
+    assert all(name.endswith("inv_freq") for name in unused)
+    logits = model(torch.from_numpy(arrays["tokens"])).detach().numpy()
+    assert np.abs(logits - arrays["logits"]).max() <= 2e-6
+
+
+@pytest.mark.parametrize("path", BF16, ids=lambda path: path.stem)
+def test_bf16_logits_are_as_exact_as_upstreams(path):
+    # Two right bf16 programs round in different places; each is measured by its distance to fp32.
+    config, arrays, named, model = load(path)
+    tokens, upstream = torch.from_numpy(arrays["tokens"]), torch.from_numpy(arrays["logits"])
+    exact = build_decoder(config.model, source=lambda name, shape: named[name].view(shape))(tokens)
+    ours = model(tokens).float()
+    assert (ours - exact).abs().max() <= 2e-2
+    assert rms(ours - exact) <= 1.1 * rms(upstream - exact)
+    assert rms(ours - upstream) <= 2 * rms(upstream - exact)
+
+
+@pytest.mark.parametrize("path", FP32 + BF16, ids=lambda path: path.stem)
+def test_masked_loss_is_upstreams(path):
+    config, arrays, _, model = load(path)
+    labels, mask = torch.from_numpy(arrays["labels"]), torch.from_numpy(arrays["loss_mask"])
+    assert 0 < mask.sum() < mask.numel(), "the golden must mask something for this test to tell"
+    tokens = torch.from_numpy(arrays["tokens"])
+    loss = model(tokens, Targets(labels, mask / mask.sum())).item()
+    tolerance = 2e-6 if config.model.precision == "fp32" else 2e-2
+    assert loss == pytest.approx(float(arrays["loss"]), abs=tolerance)
+    losses_BS = token_losses(model(tokens), labels)
+    assert (losses_BS * mask).sum().item() / mask.sum().item() == pytest.approx(loss, abs=tolerance)
+
+
+def test_all_kinds_are_here():
+    configs = [read_golden(path)[0].model for path in PATHS]
+    assert {config.pos_emb for config in configs} == {"learned", "rotary", "none"}
+    for key in ("gpt_j_residual", "bias_gelu_fusion", "no_weight_tying", "use_bias_in_attn_linear"):
+        assert {getattr(config, key) for config in configs} == {True, False}
+    assert {config.rotary_pct for config in configs if config.pos_emb == "rotary"} == {0.25, 0.5, 1.0}

@@ -1,0 +1,149 @@
+"""Run a function on n real processes that talk over gloo.
+
+The fork server imports torch, DeepSpeed and megatron-core once; each rank is a fork of it, so a
+multi-process test costs about a second instead of half a minute.
+"""
+
+import multiprocessing
+import os
+import pickle
+import socket
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+PRELOAD = [
+    "torch",
+    "torch.distributed",
+    "torch._dynamo",
+    "torch._inductor.compile_fx",
+    "deepspeed",
+    "megatron.core.tensor_parallel",
+    "transformers",
+    "ranks_preload",
+]
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240.0) -> list[Any]:
+    """Call `function(*args)` on every rank and return what each returned, by rank.
+
+    Args:
+        function: a function of a module, as it must be pickled; it finds RANK, WORLD_SIZE and the rest in
+            the environment.
+        world_size: number of processes.
+        timeout: seconds for the whole run.
+
+    Raises:
+        AssertionError: with the traceback of the rank that failed first.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        processes = _start(function, world_size, args, folder)
+        try:
+            _wait(processes, timeout)
+        finally:
+            _kill(processes)
+        return [_result(Path(folder), rank, processes) for rank in range(world_size)]
+
+
+def kill_ranks_when(
+    happened: Callable[[], bool], function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240.0
+) -> None:
+    """Start `function(*args)` on every rank and kill -9 them all as soon as `happened()`.
+
+    Raises:
+        AssertionError: if it does not happen in time, or the ranks end by themselves first.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        processes = _start(function, world_size, args, folder)
+        try:
+            deadline = time.monotonic() + timeout
+            while not happened():
+                assert time.monotonic() < deadline, "what was to happen before the kill did not"
+                if not all(p.is_alive() for p in processes):
+                    _wait(processes, 3.0)
+                    _result(Path(folder), 0, processes)
+                    raise AssertionError("the ranks ended before the kill")
+                time.sleep(0.005)
+        finally:
+            _kill(processes)
+
+
+def _start(function: Callable[..., Any], world_size: int, args: tuple[Any, ...], folder: str) -> list[BaseProcess]:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    port = free_port()
+    processes: list[BaseProcess] = []
+    for rank in range(world_size):
+        process = context.Process(target=_rank_main, args=(function, args, rank, world_size, port, folder))
+        process.start()
+        processes.append(process)
+    return processes
+
+
+def _kill(processes: list[BaseProcess]) -> None:
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join()
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _wait(processes: list[BaseProcess], timeout: float) -> None:
+    """Until all end, one has failed and its peers had time to notice, or time is up."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline and any(p.is_alive() for p in processes):
+        if any(p.exitcode for p in processes):
+            deadline = min(deadline, time.monotonic() + 3.0)
+        time.sleep(0.01)
+
+
+def _rank_main(
+    function: Callable[..., Any], args: tuple[Any, ...], rank: int, world_size: int, port: int, folder: str
+) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        GLOO_SOCKET_IFNAME="lo",
+        OMP_NUM_THREADS="1",
+    )
+    output = Path(folder) / f"{rank}.pickle"
+    try:
+        outcome = ("ok", function(*args))
+    except BaseException:
+        outcome = ("error", traceback.format_exc())
+    output.with_suffix(".tmp").write_bytes(pickle.dumps(outcome))
+    output.with_suffix(".tmp").rename(output)
+    os._exit(outcome[0] == "error")
+
+
+def _result(folder: Path, rank: int, processes: list[BaseProcess]) -> Any:
+    failures = [f for r in range(len(processes)) if (f := _failure(folder, r))]
+    if failures:
+        raise AssertionError("\n".join(failures))
+    path = folder / f"{rank}.pickle"
+    if not path.exists():
+        codes = [p.exitcode for p in processes]
+        raise AssertionError(f"rank {rank} gave no result in time; exit codes {codes}")
+    return pickle.loads(path.read_bytes())[1]
+
+
+def _failure(folder: Path, rank: int) -> str | None:
+    path = folder / f"{rank}.pickle"
+    if not path.exists():
+        return None
+    status, value = pickle.loads(path.read_bytes())
+    return f"rank {rank}:\n{value}" if status == "error" else None

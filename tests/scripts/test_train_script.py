@@ -1,0 +1,183 @@
+"""train.py as users call it: real processes, real launchers, real mistakes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import free_port
+from training.layouts import ADAMW, MODEL, TRAINING, write_corpus
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "stdlib_text_document")
+
+
+def settings(corpus: str, save: Path, **changes: Any) -> dict[str, Any]:
+    run = {"data_path": corpus, "save": str(save), "checkpoint_factor": 2, "train_iters": 2, "log_interval": 1}
+    return MODEL | TRAINING | ADAMW | run | changes
+
+
+def write_config(folder: Path, flat: dict[str, Any], name: str = "model.yml") -> Path:
+    path = folder / name
+    path.write_text(json.dumps(flat, indent=1))
+    return path
+
+
+def run(command: list[str], *, cwd: Path = ROOT, **environ: str) -> subprocess.CompletedProcess[str]:
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environ}
+    return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=240, check=False)
+
+
+def train(*arguments: str | Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    return run([sys.executable, str(ROOT / "train.py"), *map(str, arguments)], **environ)
+
+
+def losses(save: Path) -> list[float]:
+    records = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+    return [record["train/lm_loss"] for record in records if "train/lm_loss" in record]
+
+
+def test_upstreams_spelling_and_overrides(tmp_path: Path, corpus: str) -> None:
+    write_config(tmp_path, settings(corpus, tmp_path / "unused", train_iters=50), "model.yml")
+    done = train("-d", tmp_path, "model", f"save={tmp_path / 'run'}", "train_iters=3", "optimizer.params.lr=1e-4")
+    assert done.returncode == 0, done.stderr
+    assert len(losses(tmp_path / "run")) == 3
+    assert (tmp_path / "run" / "latest").read_text() == "global_step3"
+    manifest = json.loads((tmp_path / "run" / "global_step3" / "manifest.json").read_text())
+    assert manifest["schedule"]["start_lr"] == 1e-4
+    assert (tmp_path / "run" / "global_step3" / "configs" / "model.yml").is_file()
+
+
+def test_starts_its_own_workers(tmp_path: Path, corpus: str) -> None:
+    layout = {"pipe_parallel_size": 2, "gradient_accumulation_steps": 2}
+    config = write_config(tmp_path, settings(corpus, tmp_path / "run", **layout))
+    done = train(config)
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((tmp_path / "run" / "global_step2" / "manifest.json").read_text())
+    assert manifest["layout"] == {
+        "pipe_parallel_size": 2,
+        "data_parallel_size": 1,
+        "model_parallel_size": 1,
+        "zero_stage": 1,
+    }
+    # said once, in one line
+    assert done.stderr.count("runs as stage 1") == 1
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_joins_under_a_launcher(tmp_path: Path, corpus: str, launcher: str) -> None:
+    config = write_config(tmp_path, settings(corpus, tmp_path / "run"))
+    port = str(free_port())
+    folder = Path(sys.executable).parent
+    if launcher == "torchrun":
+        start = [str(folder / "torchrun"), "--nproc-per-node", "2", "--master-port", port]
+    else:
+        start = [str(folder / "deepspeed"), "--num_gpus", "2", "--master_port", port]
+    path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+    done = run([*start, str(ROOT / "train.py"), str(config)], DS_ACCELERATOR="cpu", PATH=path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    manifest = json.loads((tmp_path / "run" / "global_step2" / "manifest.json").read_text())
+    assert manifest["layout"]["data_parallel_size"] == 2
+
+
+def test_a_hostfile_hands_over_to_the_deepspeed_launcher(tmp_path: Path, corpus: str) -> None:
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("localhost slots=2\n")
+    config = write_config(
+        tmp_path,
+        settings(corpus, tmp_path / "run", master_port=free_port(), no_ssh_check=True, master_addr="127.0.0.1"),
+    )
+    done = train(config, "-H", hostfile, DS_ACCELERATOR="cpu")
+    assert done.returncode == 0, done.stderr[-3000:]
+    manifest = json.loads((tmp_path / "run" / "global_step2" / "manifest.json").read_text())
+    assert manifest["layout"]["data_parallel_size"] == 2
+
+
+def test_same_losses_alone_and_with_two_workers(tmp_path: Path, corpus: str) -> None:
+    config = write_config(tmp_path, settings(corpus, tmp_path / "unused"))
+    assert train(config, f"save={tmp_path / 'one'}").returncode == 0
+    assert train(config, f"save={tmp_path / 'two'}", "model_parallel_size=2").returncode == 0
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=2e-5)
+
+
+MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "bad key": ({"hiden_size": 64}, ["hiden_size", "hidden_size"]),
+    "save_interval": ({"save_interval": 10}, ["save_interval", "checkpoint_factor"]),
+    "missing data": ({"data_path": "/nowhere/corpus_text_document"}, ["/nowhere/corpus_text_document"]),
+    "batch does not divide": (
+        {"train_batch_size": 15, "train_micro_batch_size_per_gpu": 4},
+        ["train_batch_size", "15"],
+    ),
+    "heads": ({"model_parallel_size": 8}, ["num_attention_heads", "model_parallel_size"]),
+    "zero 3 in a pipeline": (
+        {"pipe_parallel_size": 2, "zero_optimization": {"stage": 3}},
+        ["stage", "pipe_parallel_size"],
+    ),
+    "not yet": ({"norm": "rmsnorm"}, ["norm", "layernorm"]),
+    "missing tokenizer": (
+        {"padded_vocab_size": None, "tokenizer_type": "HFTokenizer", "vocab_file": "/nowhere/tokenizer.json"},
+        ["/nowhere/tokenizer.json"],
+    ),
+    "missing weights": ({"load": "/nowhere/weights", "finetune": True}, ["/nowhere/weights"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_status_2(tmp_path: Path, corpus: str, mistake: str) -> None:
+    changes, words = MISTAKES[mistake]
+    config = write_config(tmp_path, settings(corpus, tmp_path / "run", **changes))
+    assert_refused(train(config), words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_of_another_shape(tmp_path: Path, corpus: str) -> None:
+    config = write_config(tmp_path, settings(corpus, tmp_path / "run"))
+    assert train(config).returncode == 0
+    load = f"load={tmp_path / 'run'}"
+    done = train(config, load, "hidden_size=128", "model_parallel_size=2")
+    assert_refused(done, ["layers.0.word_embeddings.weight", "[131, 64]", "[131, 128]"])
+    assert_refused(train(config, load, "num_layers=3"), ["layers.4."])
+    (tmp_path / "run" / "global_step2" / "model-00000-000.safetensors").write_bytes(b"short")
+    assert_refused(train(config, load), ["model-00000-000.safetensors", "bytes"])
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], words: list[str]) -> None:
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    for word in words:
+        assert word in lines[0]
+
+
+def test_hugging_face_weights_are_only_for_fine_tuning(tmp_path: Path, corpus: str) -> None:
+    """Pointing `load` at a model and forgetting `finetune` must not start from scratch without a word."""
+    model = tmp_path / "hf"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps({"model_type": "gpt_neox"}))
+    config = write_config(tmp_path, settings(corpus, tmp_path / "run", load=str(model)))
+    assert_refused(train(config), ["finetune: true"])
+
+
+def test_starting_from_scratch_is_said(tmp_path: Path, corpus: str) -> None:
+    config = write_config(tmp_path, settings(corpus, tmp_path / "run", load=str(tmp_path / "run")))
+    done = train(config)
+    assert done.returncode == 0, done.stderr
+    assert "starting from fresh weights" in done.stderr
+    assert "starting from fresh weights" not in train(config, "train_iters=2").stderr
+
+
+def test_a_run_by_epochs_goes_on(tmp_path: Path, corpus: str) -> None:
+    """The schedule's horizon comes from the data then, also when the checkpoint is compared with it."""
+    flat = settings(corpus, tmp_path / "run", train_epochs=1, train_batch_size=1024, load=str(tmp_path / "run"))
+    config = write_config(tmp_path, {key: value for key, value in flat.items() if key != "train_iters"})
+    assert train(config, "exit_interval=1").returncode == 0
+    done = train(config)
+    assert done.returncode == 0, done.stderr
+    assert len(losses(tmp_path / "run")) >= 2

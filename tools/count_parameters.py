@@ -1,0 +1,50 @@
+"""Count the parameters of a model before anything is allocated.
+
+python tools/count_parameters.py configs/20B.yml
+python tools/count_parameters.py configs/pythia/160M.yml num_layers=24 --json
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from neox.config import load_config
+from neox.launch.main import script_main
+from neox.model.count import count_parameters
+from neox.model.flops import flops_per_token
+from neox.training.preflight import settle_vocabulary
+
+
+def main(arguments: list[str]) -> None:
+    """Print the counts as a table or as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("configs", nargs="+", metavar="CONFIGS", help="configuration files and key=value overrides")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args(arguments)
+    overrides = [text for text in options.configs if "=" in text]
+    files = [text for text in options.configs if "=" not in text]
+    model = settle_vocabulary(load_config(files, overrides=overrides)).model
+    count = count_parameters(model)
+    figures = {
+        "total": count.total,
+        "non_embedding": count.non_embedding,
+        "padded_vocab_size": model.padded_vocab_size,
+        "train_flops_per_token": flops_per_token(model, causal=False).model,
+        "per_layer": count.per_layer,
+    }
+    if options.json:
+        print(json.dumps(figures))
+        return
+    print(f"total                  {count.total:>18,}")
+    print(f"without embeddings     {count.non_embedding:>18,}")
+    print(f"padded vocabulary      {model.padded_vocab_size:>18,}")
+    print(f"training FLOPs/token   {figures['train_flops_per_token']:>18.4g}  (full attention, no recomputation)")
+    for index, parameters in count.per_layer.items():
+        print(f"layer {index:<4}             {parameters:>18,}")
+
+
+if __name__ == "__main__":
+    sys.exit(script_main(main))
