@@ -13,7 +13,7 @@ from neox.config import load_config, resolve_config_paths
 from neox.launch.arguments import parse_arguments
 from neox.launch.environment import detect, export
 from neox.launch.local import run_local
-from neox.launch.main import script_main
+from neox.launch.main import leave, script_main
 
 
 def main(argv: list[str]) -> int:
@@ -39,4 +39,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(script_main(main))
+    leave(script_main(main))

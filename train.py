@@ -16,7 +16,7 @@ from neox.launch.arguments import parse_arguments
 from neox.launch.environment import detect, export
 from neox.launch.hosts import deepspeed_command, slots, wants_launcher
 from neox.launch.local import local_worker_count, run_local, single_placement
-from neox.launch.main import script_main
+from neox.launch.main import leave, script_main
 
 
 def main(argv: list[str]) -> int:
@@ -52,4 +52,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(script_main(main))
+    leave(script_main(main))

@@ -1,8 +1,11 @@
 """The frame around every script: one line for a user's mistake, and the exit status."""
 
+import atexit
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from neox.errors import UserError
 from neox.launch.environment import strip_local_rank
@@ -38,3 +41,23 @@ def script_main(function: Callable[[list[str]], int | None], argv: Sequence[str]
         # The reader, `head` say, has seen enough. Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
+
+
+def leave(status: int) -> NoReturn:
+    """End a process that may have joined a process group: `leave(script_main(main))`.
+
+    Does what the end of the interpreter does for a program's own objects (waits for its threads, runs `atexit`
+    functions, flushes the standard streams), and then ends without tearing the interpreter down. The threads of
+    gloo may still let go of tensors at that time, which needs the interpreter, and on a busy machine the process
+    then died of SIGABRT after all its work was done ("terminate called without an active exception").
+    """
+    for thread in threading.enumerate():
+        if not thread.daemon and thread is not threading.current_thread():
+            thread.join()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            status = status or EXIT_BROKEN_PIPE
+    os._exit(status)

@@ -74,3 +74,32 @@ def test_a_reader_that_leaves_is_no_defect() -> None:
     writer.stdout.close()
     assert writer.stderr.read() == b""
     assert writer.wait() == 141
+
+
+LEAVING = """
+import atexit, os, sys, threading, time
+from neox.launch.main import leave
+
+class Aborts:
+    def __del__(self):
+        os.abort()
+
+def late():
+    time.sleep(0.2)
+    print("thread ended")
+
+global_object = Aborts()  # dies in the teardown of the interpreter, as tensors held by threads of gloo do
+atexit.register(print, "atexit ran")
+threading.Thread(target=late).start()
+sys.stdout.write("begun\\n")
+leave(STATUS)
+"""
+
+
+@pytest.mark.parametrize("status", [0, 2])
+def test_leaving_finishes_the_programs_own_work_and_skips_the_teardown(status: int) -> None:
+    script = LEAVING.replace("STATUS", str(status))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    assert done.stdout.split("\n") == ["begun", "thread ended", "atexit ran", ""]
+    assert done.stderr == ""

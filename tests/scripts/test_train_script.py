@@ -120,7 +120,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"pipe_parallel_size": 2, "zero_optimization": {"stage": 3}},
         ["stage", "pipe_parallel_size"],
     ),
-    "not yet": ({"norm": "rmsnorm"}, ["norm", "layernorm"]),
+    "not yet": ({"moe_num_experts": 8}, ["moe_num_experts", "not supported yet"]),
     "missing tokenizer": (
         {"padded_vocab_size": None, "tokenizer_type": "HFTokenizer", "vocab_file": "/nowhere/tokenizer.json"},
         ["/nowhere/tokenizer.json"],
