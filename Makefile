@@ -17,7 +17,7 @@ help:
 	@echo "make format       format the code"
 	@echo "make bench        speed on this machine's CPU, against transformers"
 	@echo "make bench-gpu    speed on one GPU, against transformers"
-	@echo "make docs         rewrite the generated pages under docs/"
+	@echo "make docs         rewrite the generated pages: docs/configuration.md, docs/layouts.md, configs/schema.json"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -55,7 +55,7 @@ bench-gpu: $(VENV)/installed-run
 	$(BIN)/python benchmarks/gpu.py
 
 docs: $(VENV)/installed-run
-	$(BIN)/python -m neox.config layouts > docs/layouts.md
+	$(BIN)/python -m neox.config docs
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache quickstart_run

@@ -10,19 +10,19 @@ srun --ntasks-per-node 8 --gpus-per-node 8 python generate.py CONFIG... -i promp
 import os
 import sys
 
-from neox.config import load_config, resolve_config_paths
 from neox.launch.arguments import parse_arguments
 from neox.launch.environment import detect, export
 from neox.launch.local import run_local
 from neox.launch.main import leave, script_main
+from neox.launch.reporting import print_notices
 
 
 def main(argv: list[str]) -> int:
     """Run as the rank we are, or start the tensor-parallel ranks of this machine."""
     arguments = parse_arguments("generate", argv)
     placement = detect(os.environ)
-    files = resolve_config_paths(arguments.files, arguments.config_dir)
-    config = load_config(files, overrides=arguments.overrides)
+    config = arguments.load()
+    print_notices(config.notices, placement)
 
     from neox.inference.modes import run_generation
     from neox.inference.session import join, replica_workers, without_pipeline

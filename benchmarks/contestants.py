@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from neox.checkpoint.huggingface_config import huggingface_config, huggingface_name
+from neox.checkpoint.huggingface.gpt_neox import GPT_NEOX
 from neox.config import Config
 from neox.launch.environment import export
 from neox.launch.local import single_placement
@@ -78,7 +78,7 @@ class Bare:
 
     def step(self, tokens_BS1: torch.Tensor) -> torch.Tensor:
         """See Contestant."""
-        ((tokens, targets),) = _batch(tokens_BS1, self.mesh).micro_batches
+        ((tokens, targets, _),) = _batch(tokens_BS1, self.mesh).micro_batches
         loss = self.model(tokens, targets)
         return _update(loss, self.model, self.optimizer, self.clip)
 
@@ -135,12 +135,13 @@ def _transformers_twin(config: Config) -> nn.Module:
     """The same model with the same initial weights, fp32, in training mode."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-    settings = huggingface_config(config.model, dtype="float32", tokens={"bos_token_id": 0, "eos_token_id": 0})
+    settings = GPT_NEOX.config_json(config.model, dtype="float32", tokens={"bos_token_id": 0, "eos_token_id": 0})
     model = GPTNeoXForCausalLM._from_config(GPTNeoXConfig(**settings), attn_implementation="sdpa")
     theirs = {name.replace("lm_head", "embed_out"): p for name, p in model.named_parameters()}
     ours = fresh_weights(config)
     for name, parameter in meta_decoder(config.model).named_parameters():
-        twin = theirs.pop(huggingface_name(name, num_layers=config.model.num_layers))
+        (place,), _ = GPT_NEOX.locate(name, config.model)
+        twin = theirs.pop(place)
         with torch.no_grad():
             twin.copy_(ours(name, parameter.shape))
     assert not theirs, f"parameters of the peer that ours does not have: {sorted(theirs)}"

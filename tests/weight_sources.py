@@ -19,7 +19,7 @@ class RandomWeights:
         self._tensors = {}
         for name, parameter in meta_decoder(config).named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            centre = 1.0 if "norm" in name and name.endswith(("weight", "scale")) else 0.0
             self._tensors[name] = (centre + 0.15 * noise).to(dtype)
         self.padded_vocab_size = config.padded_vocab_size or 0
 

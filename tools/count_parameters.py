@@ -11,8 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from neox.config import load_config
+from neox.config import load_config, split_overrides
 from neox.launch.main import script_main
+from neox.launch.reporting import print_notices
 from neox.model.count import count_parameters
 from neox.model.flops import flops_per_token
 from neox.training.preflight import settle_vocabulary
@@ -23,10 +24,12 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("configs", nargs="+", metavar="CONFIGS", help="configuration files and key=value overrides")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    options = parser.parse_args(arguments)
-    overrides = [text for text in options.configs if "=" in text]
-    files = [text for text in options.configs if "=" not in text]
-    model = settle_vocabulary(load_config(files, overrides=overrides)).model
+    parser.add_argument("--override", action="append", default=[], metavar="FILE", help="a file of overrides")
+    options = parser.parse_intermixed_args(arguments)
+    files, overrides = split_overrides(options.configs)
+    config = load_config(files, overrides=overrides, override_files=options.override)
+    print_notices(config.replaced, None)
+    model = settle_vocabulary(config).model
     count = count_parameters(model)
     figures = {
         "total": count.total,

@@ -1,6 +1,7 @@
 """Reading checkpoints written by upstream GPT-NeoX, released ones included, as logical tensors."""
 
 import logging
+import math
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +15,7 @@ from neox.checkpoint.unpickle import load_torch_file
 from neox.checkpoint.upstream_files import KNOWN, Shards, open_files
 from neox.checkpoint.weights import check_shape, missing_tensor
 from neox.errors import CheckpointError
-from neox.parallel.splits import Row, join_shards, split_dimension, split_of
+from neox.parallel.splits import ONE_GROUP, Row, join_shards, split_dimension, split_of
 
 DRIFT_TOLERANCE = 1e-3
 """Replicated parameters that differ more than this between tensor ranks are reported."""
@@ -87,7 +88,7 @@ class UpstreamReader:
             raise missing_tensor(self.folder, name)
         shards = self._shards[name]
         if len(shards) == 1 or split_dimension(name) is not None:
-            return join_shards(name, shards, shape=torch.Size(self._shape(name)))
+            return join_shards(name, shards, shape=torch.Size(self._shape(name)), groups=self._groups(name))
         if _is_row_bias(name) and self._summed_biases:
             return torch.stack(shards).float().sum(0).to(shards[0].dtype)
         return self._agreed(name, shards)
@@ -137,7 +138,7 @@ class UpstreamReader:
         numbers = [number for group in saved["param_groups"] for number in group["params"]]
         ordered = list(self._shards)
         if len(saved["param_groups"]) == 2:
-            ordered.sort(key=lambda name: len(self._shape(name)) == 1)
+            ordered.sort(key=lambda name: len(self._shape(name)) == 1 or "norm" in name.split(".")[-2])
         states = saved["state"]
         if not states:
             return OptimizerStates(step=0, moments={})
@@ -188,6 +189,24 @@ class UpstreamReader:
             )
         return bool(found)
 
+    def _groups(self, name: str) -> tuple[int, ...]:
+        """The groups of a parameter's rows, told by the shapes (see `neox.parallel.splits`)."""
+        module = name.rpartition(".")[0]
+        if module.endswith("attention.query_key_value"):
+            rows, width = self._shape(f"{module}.weight")
+            if rows == 3 * width:
+                return ONE_GROUP
+            keys = (rows - width) // 2
+            unit = math.gcd(width, keys)
+            return (width // unit, keys // unit, keys // unit)
+        if module.endswith("mlp.linear1"):
+            rows, inner = self._shape(f"{module}.weight")[0], self._inner_width(module)
+            return (1, 1) if rows == 2 * inner else ONE_GROUP
+        return ONE_GROUP
+
+    def _inner_width(self, linear1: str) -> int:
+        return self._shape(linear1.replace("linear1", "linear2") + ".weight")[1]
+
     def _check_architecture(self) -> None:
         """Refuse, by name, what is not a GPT-NeoX decoder."""
         for name in self._shards:
@@ -195,36 +214,40 @@ class UpstreamReader:
             if KNOWN.fullmatch(local) is None:
                 raise CheckpointError(
                     f"{self.folder}: layer {name.split('.')[1]} holds {local}; only GPT-NeoX layers "
-                    "(LayerNorm, fused query_key_value, two-matrix MLP) can be read"
+                    "(a norm, fused query_key_value, two-matrix MLP) can be read"
                 )
-            if local == "attention.query_key_value.weight":
-                self._check_heads(name)
-        for name in self._shards:
-            self._check_gate(name)
-
-    def _check_heads(self, name: str) -> None:
-        rows, width = self._shape(name)
-        if rows == 3 * width:
-            return
         ranks = self.arguments.get("model_parallel_size", self._ranks)
         if ranks != self._ranks:
             raise CheckpointError(
                 f"{self.folder}: has files of {self._ranks} tensor ranks and the run had {ranks}; copy the whole folder"
             )
-        raise CheckpointError(
-            f"{self.folder}: {name} has {rows} rows, not 3 x {width}; grouped-query attention (num_kv_heads) "
-            "cannot be read"
-        )
+        for name in self._shards:
+            if name.endswith("attention.query_key_value.weight"):
+                self._check_heads(name)
+            if name.endswith("mlp.linear1.weight"):
+                self._check_gate(name)
+        if self._ranks > 1 and any(name.endswith("qk_layernorm.weight") for name in self._shards):
+            logger.warning(
+                "%s: was trained at model_parallel_size %d, where GPT-NeoX normalises queries and keys over the heads "
+                "of a rank; here it is over all heads, which gives other logits",
+                self.folder,
+                self._ranks,
+            )
+
+    def _check_heads(self, name: str) -> None:
+        rows, width = self._shape(name)
+        if not width < rows <= 3 * width or (rows - width) % 2:
+            raise CheckpointError(
+                f"{self.folder}: {name} has {rows} rows, which are no queries, keys and values of width {width}; "
+                "copy the whole folder"
+            )
 
     def _check_gate(self, name: str) -> None:
-        if not name.endswith("mlp.linear1.weight"):
-            return
-        rows = self._shape(name)[0]
-        columns = self._shape(name.replace("linear1", "linear2"))[1]
-        if rows != columns:
+        rows, inner = self._shape(name)[0], self._inner_width(name.removesuffix(".weight"))
+        if rows not in (inner, 2 * inner):
             raise CheckpointError(
-                f"{self.folder}: {name} has {rows} rows for the {columns} columns of linear2; "
-                "gated activations (swiglu, geglu) cannot be read"
+                f"{self.folder}: {name} has {rows} rows for the {inner} columns of linear2; "
+                "they should be as many, or twice as many where the activation is gated"
             )
 
 

@@ -27,10 +27,10 @@ ZERO3_FILE = "zero_pp_rank_0_mp_rank_00_model_states.pt"
 
 # Names of before 2024-09 and of today.
 RENAMED = {"mlp.dense_h_to_4h": "mlp.linear1", "mlp.dense_4h_to_h": "mlp.linear2"}
-BUFFERS = ("attention.rotary_emb.inv_freq",)
+BUFFERS = ("attention.rotary_emb.inv_freq", "position_embeddings.inv_freq", "attention.alibi_embed.slopes")
 KNOWN = re.compile(
     r"word_embeddings\.weight|position_embeddings\.weight|final_linear\.weight"
-    r"|(norm|input_layernorm|post_attention_layernorm)\.(weight|bias)"
+    r"|(norm|input_layernorm|post_attention_layernorm|attention\.qk_layernorm)\.(weight|bias|scale|g)"
     r"|attention\.(query_key_value|dense)\.(weight|bias)|mlp\.linear[12]\.(weight|bias)"
 )
 

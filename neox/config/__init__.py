@@ -7,12 +7,13 @@ from neox.config.engine import deepspeed_dict
 from neox.config.generation import EvaluationConfig, GenerationConfig
 from neox.config.launch import LaunchConfig
 from neox.config.logging import LoggingConfig
+from neox.config.lora import LoraConfig
 from neox.config.model import ModelConfig
 from neox.config.optimization import BatchConfig, OptimizerConfig, ScheduleConfig
 from neox.config.parallel import ParallelConfig
 from neox.config.requirements import check_training
 from neox.config.training import CheckpointConfig, TrainingConfig
-from neox.config.yaml_files import resolve_config_paths
+from neox.config.yaml_files import resolve_config_paths, split_overrides
 
 __all__ = [
     "BatchConfig",
@@ -24,6 +25,7 @@ __all__ = [
     "GenerationConfig",
     "LaunchConfig",
     "LoggingConfig",
+    "LoraConfig",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
@@ -35,4 +37,5 @@ __all__ = [
     "deepspeed_dict",
     "load_config",
     "resolve_config_paths",
+    "split_overrides",
 ]

@@ -1,47 +1,137 @@
-"""Command line: `python -m neox.config check FILES... [key=value...]` and `python -m neox.config layouts`."""
+"""Look at configurations: `python -m neox.config check FILES... [key=value...]`, and `show`, `docs`, `schema`.
+
+check     every mistake of the files, each with its line
+show      what they resolve to, with the place that each value comes from
+docs      rewrite the generated pages: docs/configuration.md, docs/layouts.md, configs/schema.json
+schema    print the JSON Schema of a configuration file
+schedule  draw the learning rate of every step, and the batch size where it grows
+layouts   print the table of legal layouts as markdown
+"""
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from neox.config import load_config, resolve_config_paths
+from neox.config import (
+    Config,
+    json_schema,
+    load_config,
+    reference,
+    resolve_config_paths,
+    schedule_plot,
+    show,
+    split_overrides,
+)
 from neox.config.layouts import markdown
-from neox.errors import UserError
+from neox.errors import ConfigError, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return its exit status: 2 for a user's mistake."""
-    options = _parser().parse_args(arguments)
-    if options.command == "layouts":
-        print(markdown(), end="")
-        return 0
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # What follows a flag that stands between files.
+    if any(word.startswith("-") for word in rest) or (rest and not hasattr(options, "items")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.items = [*getattr(options, "items", []), *rest]
     try:
-        _check(options)
+        run: Callable[[argparse.Namespace], None] = options.run
+        run(options)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
     return 0
 
 
+def _paths(options: argparse.Namespace) -> list[Path]:
+    files, _ = split_overrides(options.items)
+    if not files:
+        raise ConfigError("no configuration file given; example: python -m neox.config check configs/small.yml")
+    return resolve_config_paths(files, options.conf_dir)
+
+
+def _load(options: argparse.Namespace) -> Config:
+    _, overrides = split_overrides(options.items)
+    return load_config(
+        _paths(options),
+        overrides=overrides,
+        override_files=resolve_config_paths(options.override, options.conf_dir),
+        world_size=options.world_size,
+    )
+
+
 def _check(options: argparse.Namespace) -> None:
-    files = [item for item in options.items if "=" not in item]
-    overrides = [item for item in options.items if "=" in item]
-    paths = resolve_config_paths(files, options.conf_dir)
-    config = load_config(paths, overrides=overrides, world_size=options.world_size)
+    config = _load(options)
     for notice in config.notices:
         print(notice)
-    print(f"valid: {', '.join(map(str, paths))}")
+    print(f"valid: {', '.join(map(str, _paths(options)))}")
+
+
+def _show(options: argparse.Namespace) -> None:
+    config = _load(options)
+    for notice in config.notices:
+        print(notice, file=sys.stderr)
+    if options.yaml:
+        print(show.as_yaml(config, only_given=options.given), end="")
+        return
+    rows = show.rows(config, only_given=options.given)
+    print(show.as_json(rows) if options.json else show.table(rows), end="")
+
+
+def _schedule(options: argparse.Namespace) -> None:
+    config = _load(options)
+    print(schedule_plot.draw(config), end="")
+    if options.png is not None:
+        schedule_plot.save_png(config, options.png)
+        print(f"written: {options.png}")
+
+
+def _docs(options: argparse.Namespace) -> None:
+    for path, text in reference.pages().items():
+        name = path.relative_to(reference.ROOT)
+        if path.is_file() and path.read_text(encoding="utf-8") == text:
+            print(f"{name}: up to date")
+        elif options.check:
+            raise ConfigError(f"{name}: stale; run make docs")
+        else:
+            path.write_text(text, encoding="utf-8")
+            print(f"{name}: rewritten")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m neox.config", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m neox.config", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    check = commands.add_parser("check", help="check configuration files and print every mistake")
-    check.add_argument("items", nargs="+", metavar="FILE|key=value")
-    check.add_argument("-d", "--conf_dir", default=None, help="folder of the files")
-    check.add_argument("--world-size", type=int, default=None, help="number of processes to check the layout for")
-    commands.add_parser("layouts", help="print the table of legal layouts as markdown")
+    _add_files(commands.add_parser("check", help="check configuration files and print every mistake"), _check)
+    shown = commands.add_parser("show", help="print the resolved configuration with the source of each value")
+    _add_files(shown, _show)
+    shown.add_argument("--given", action="store_true", help="only what the files and the command line set")
+    form = shown.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="one JSON object")
+    form.add_argument("--yaml", action="store_true", help="a file that resolves to the same configuration")
+    schedule = commands.add_parser("schedule", help="draw the learning rate and the batch size over the iterations")
+    _add_files(schedule, _schedule)
+    schedule.add_argument("--png", default=None, metavar="PATH", help="draw it into this file too; needs matplotlib")
+    docs = commands.add_parser("docs", help="rewrite the generated pages")
+    docs.add_argument("--check", action="store_true", help="fail when a page is stale, and write nothing")
+    docs.set_defaults(run=_docs)
+    schema = commands.add_parser("schema", help="print the JSON Schema of a configuration file")
+    schema.set_defaults(run=lambda options: print(json_schema.text(), end=""))
+    layouts = commands.add_parser("layouts", help="print the table of legal layouts as markdown")
+    layouts.set_defaults(run=lambda options: print(markdown(), end=""))
     return parser
+
+
+def _add_files(command: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None]) -> None:
+    command.add_argument("items", nargs="+", metavar="FILE|key=value")
+    command.add_argument("-d", "--conf_dir", default=None, help="folder of the files")
+    command.add_argument(
+        "--override", action="append", default=[], metavar="FILE", help="a file whose keys replace those of the others"
+    )
+    command.add_argument("--world-size", type=int, default=None, help="number of processes to check the layout for")
+    command.set_defaults(run=run)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from neox.config.keys import Key, Section, Status, mismatch
+from neox.config.keys import Key, Section, Status, mismatch, number_hint
 from neox.config.problems import Problems, did_you_mean
 from neox.config.schema import SECTIONS, Place, fields_with_keys, known_keys, other_keys, places
 
@@ -13,6 +13,7 @@ _OFTEN_MEANT = {
     "warmup_iters": "warmup",
     "decay_lr_to": "min_lr",
     "attention_type": "attention_config",
+    "mlp_type": "activation",
     "autotuning_config": "autotuning",
     "gas": "gradient_accumulation_steps",
 }
@@ -25,7 +26,9 @@ _EXPECTED = {
     "string_type": "text",
     "dict_type": "a mapping",
     "tuple_type": "a list",
+    "finite_number": "a finite number",
 }
+_NUMERIC = ("int_type", "int_from_float", "float_type")
 _BOUND = {
     "greater_than": ("gt", "more than"),
     "greater_than_equal": ("ge", "at least"),
@@ -47,6 +50,8 @@ def check_other_keys(values: dict[str, Any], problems: Problems) -> list[str]:
             notices.extend(_check_other(other_keys()[name], value, values, problems))
         elif name not in known_keys():
             problems.add(name, f"unknown key{_suggestion(name)}")
+    # That the key they mean is missing is no second mistake.
+    problems.wrong |= {meant for name, meant in _OFTEN_MEANT.items() if name in values and meant not in values}
     return notices
 
 
@@ -74,23 +79,49 @@ def _check_other(key: Key, value: Any, values: dict[str, Any], problems: Problem
     where = f"{place}: {key.name}" if place else key.name
     if key.status is Status.DEAD:
         return [f"{where} has no effect: it is not used"]
-    return [f"{where} has no effect here: results are the same without it"] if key.announce and not inactive else []
+    return [] if inactive else [f"{where} has no effect here: results are the same without it"]
 
 
 def read_sections(values: dict[str, Any], problems: Problems) -> dict[str, Section]:
-    """Read every section with its types; mistakes are collected and leave their section out."""
+    """Read every section with its types; a mistake is noted, and leaves its field without a value."""
     _check_nesting(values, problems)
     sections: dict[str, Section] = {}
+    wrong: set[str] = set()
     for name, section in SECTIONS.items():
         known = {place.field: place for place in places(name)}
         found = {field: _dig(values, place.key) for field, place in known.items()}
+        given = {field: value for field, value in found.items() if value is not None}
         try:
-            sections[name] = section.model_validate({k: v for k, v in found.items() if v is not None})
+            sections[name] = section.model_validate(given)
         except ValidationError as error:
-            for detail in error.errors(include_url=False, include_context=True):
+            details = error.errors(include_url=False, include_context=True)
+            for detail in details:
                 place = known[str(detail["loc"][0])]
                 problems.add(place.key, _explain(dict(detail), place, found[place.field]))
+                wrong.add(place.key)
+            sections[name] = _without(section, given, {str(detail["loc"][0]) for detail in details})
+    problems.wrong |= wrong
     return sections
+
+
+def _without(section: type[Section], given: dict[str, Any], wrong: set[str]) -> Section:
+    """Make a section whose `wrong` fields are absent: reading one raises AttributeError.
+
+    A wrong choice or switch has its default instead, from which little follows.
+    """
+    stand_ins = {field: 1 for field in wrong if section.model_fields[field].is_required()}
+    partial = section.model_validate({k: v for k, v in given.items() if k not in wrong} | stand_ins)
+    for field in wrong:
+        if not isinstance(section.model_fields[field].default, str | bool):
+            del partial.__dict__[field]
+    return partial
+
+
+def hollow(section: type[Section]) -> Section:
+    """Make a section without any field: reading one raises AttributeError."""
+    empty = section.model_construct()
+    empty.__dict__.clear()
+    return empty
 
 
 def _check_nesting(values: dict[str, Any], problems: Problems) -> None:
@@ -128,6 +159,7 @@ def _explain(detail: dict[str, Any], place: Place, whole: Any) -> str:
     if kind == "literal_error":
         known = str(value).lower() in place.extra["upstream"]
         return f"{value!r} is {'not supported yet' if known else 'unknown'}; supported: {context['expected']}"
-    expected = _EXPECTED.get(kind, detail["msg"])
+    expected = _EXPECTED.get(kind) or detail["msg"].removeprefix("Input should be ")
+    hint = number_hint(value) if kind in _NUMERIC else ""
     inside = f" in {whole!r}" if whole is not value and isinstance(whole, list | tuple) else ""
-    return f"expected {expected}, got {value!r}{inside}"
+    return f"expected {expected}, got {value!r}{inside}{hint}"

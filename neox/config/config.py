@@ -1,49 +1,54 @@
 """The whole configuration, made once from the keys that were set."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
 
-from neox.config.check import check_other_keys, drop_unset, read_sections
+from neox.config.check import check_other_keys, drop_unset, hollow, read_sections
 from neox.config.data import DataConfig, TokenizerConfig
 from neox.config.deepspeed import DeepSpeedConfig
 from neox.config.generation import EvaluationConfig, GenerationConfig
 from neox.config.keys import Section
 from neox.config.launch import LaunchConfig
 from neox.config.logging import LoggingConfig
+from neox.config.lora import LoraConfig, resolve_lora
 from neox.config.model import ModelConfig
 from neox.config.optimization import BatchConfig, OptimizerConfig, ScheduleConfig
 from neox.config.parallel import ParallelConfig
 from neox.config.problems import NO_PLACE, Problems
+from neox.config.resolve_growth import check_curriculum, check_ramp
+from neox.config.resolve_logging import check_logging
 from neox.config.resolve_model import resolve_model
+from neox.config.resolve_optimizer import resolve_optimizer, resolve_schedule
 from neox.config.resolve_parallel import resolve_batch, resolve_deepspeed, resolve_parallel
-from neox.config.resolve_training import (
-    check_checkpoint,
-    check_data,
-    resolve_optimizer,
-    resolve_schedule,
-    resolve_training,
-)
-from neox.config.schema import SECTIONS, fields_with_keys, put
+from neox.config.resolve_training import check_checkpoint, check_data, resolve_training
+from neox.config.schema import fields_with_keys, put
 from neox.config.training import CheckpointConfig, TrainingConfig
 from neox.config.yaml_files import Merged, from_mapping, merge, problems_of, resolve_config_paths
 
 
 def load_config(
-    files: Sequence[str | Path], *, overrides: Sequence[str] = (), world_size: int | None = None
+    files: Sequence[str | Path],
+    *,
+    overrides: Sequence[str] = (),
+    override_files: Sequence[str | Path] = (),
+    world_size: int | None = None,
 ) -> "Config":
     """Read YAML files, apply overrides and resolve the whole.
 
     Args:
         files: YAML files, with or without `.yml`; none may contradict another.
         overrides: `key=value` or `optimizer.params.lr=3e-4`, the value read as YAML; they win over files.
+        override_files: YAML files whose keys replace those of `files` and of each other, mapping by mapping;
+            each replacement becomes a notice.
         world_size: number of processes; None before it is known, which leaves the batch open.
 
     Raises:
         ConfigError: with one line for each mistake.
     """
-    return _build(merge(resolve_config_paths(files), overrides), world_size=world_size)
+    merged = merge(resolve_config_paths(files), overrides, override_files=resolve_config_paths(override_files))
+    return _build(merged, world_size=world_size)
 
 
 def config_from_dict(flat: Mapping[str, Any], *, world_size: int | None = 1) -> "Config":
@@ -72,12 +77,15 @@ class Config(Section):
     evaluation: EvaluationConfig
     launch: LaunchConfig
     deepspeed: DeepSpeedConfig
+    lora: LoraConfig
     given: dict[str, Any]
     """The flat keys that were set, as they were set."""
     sources: dict[str, str]
     """Where each key came from: "file:line", "command line" or "default"."""
     files: dict[str, str]
     """Text of each YAML file by name."""
+    replaced: tuple[str, ...]
+    """One line for each value that an override file replaced."""
     notices: tuple[str, ...]
     """Lines that a user should see once: unused keys, settings that run as something else."""
 
@@ -123,11 +131,8 @@ class Config(Section):
 def _build(merged: Merged, *, world_size: int | None) -> Config:
     problems = problems_of(merged)
     values = drop_unset(merged.values)
-    notices = check_other_keys(values, problems)
+    notices = [*merged.replaced, *check_other_keys(values, problems)]
     sections = read_sections(values, problems)
-    # Rules that compare keys need every section; without one, only the mistakes so far are told.
-    if len(sections) < len(SECTIONS):
-        problems.raise_any()
     resolved = _resolve(sections, world_size=world_size, problems=problems, notices=notices)
     problems.raise_any()
     sources = {place.key: "default" for _, place in fields_with_keys()} | dict.fromkeys(values, "given")
@@ -136,6 +141,7 @@ def _build(merged: Merged, *, world_size: int | None) -> Config:
         given=values,
         sources=sources | merged.sources,
         files=merged.files,
+        replaced=tuple(merged.replaced),
         notices=tuple(notices),
     )
 
@@ -143,31 +149,71 @@ def _build(merged: Merged, *, world_size: int | None) -> Config:
 def _resolve(
     sections: dict[str, Section], *, world_size: int | None, problems: Problems, notices: list[str]
 ) -> dict[str, Section]:
-    given = cast(Any, sections)
-    deepspeed = resolve_deepspeed(given["deepspeed"], problems)
-    model = resolve_model(given["model"], deepspeed, problems)
-    parallel = resolve_parallel(
-        given["parallel"], model, deepspeed, world_size=world_size, problems=problems, notices=notices
+    """Apply the rules that compare keys.
+
+    A rule goes as far as it can: it ends where it reads a field that is wrong by itself, which has been told.
+    Its section is then a hollow one, so that the rules that build on it end where they read that.
+    """
+    resolved = dict(sections)
+
+    def apply(rule: Callable[..., Section | None], *needs: str) -> None:
+        """Replace the first section by what the rule makes of all that it needs."""
+        target = needs[0]
+        try:
+            resolved[target] = rule(*(resolved[name] for name in needs)) or resolved[target]
+        except AttributeError as error:
+            if not (isinstance(error.obj, Section) and error.name in type(error.obj).model_fields):
+                raise
+            resolved[target] = hollow(type(resolved[target]))
+
+    apply(lambda deepspeed: resolve_deepspeed(deepspeed, problems), "deepspeed")
+    apply(lambda model, deepspeed: resolve_model(model, deepspeed, problems, notices), "model", "deepspeed")
+    apply(
+        lambda parallel, model, deepspeed: resolve_parallel(
+            parallel, model, deepspeed, world_size=world_size, problems=problems, notices=notices
+        ),
+        "parallel",
+        "model",
+        "deepspeed",
     )
-    training = resolve_training(given["training"], given["data"], problems)
-    optimizer = resolve_optimizer(given["optimizer"], problems, notices)
-    check_data(given["data"], problems)
-    check_checkpoint(given["checkpoint"], problems)
-    return sections | {
-        "model": model,
-        "parallel": parallel,
-        "deepspeed": deepspeed,
-        "batch": resolve_batch(given["batch"], parallel, problems),
-        "training": training,
-        "optimizer": optimizer,
-        "schedule": resolve_schedule(given["schedule"], training, optimizer, problems),
-    }
+    apply(lambda batch, parallel: resolve_batch(batch, parallel, problems), "batch", "parallel")
+    apply(lambda training, data: resolve_training(training, data, problems), "training", "data")
+    apply(
+        lambda optimizer, parallel, deepspeed: resolve_optimizer(optimizer, parallel, deepspeed, problems, notices),
+        "optimizer",
+        "parallel",
+        "deepspeed",
+    )
+    apply(
+        lambda schedule, training, optimizer: resolve_schedule(schedule, training, optimizer, problems),
+        "schedule",
+        "training",
+        "optimizer",
+    )
+    apply(lambda lora, model: resolve_lora(lora, model, problems), "lora", "model")
+    apply(
+        lambda batch, parallel, training: check_ramp(batch, parallel, training, problems),
+        "batch",
+        "parallel",
+        "training",
+    )
+    apply(
+        lambda training, model, parallel: check_curriculum(training, model, parallel, problems),
+        "training",
+        "model",
+        "parallel",
+    )
+    apply(lambda data: check_data(data, problems), "data")
+    apply(lambda checkpoint: check_checkpoint(checkpoint, problems), "checkpoint")
+    apply(lambda logging: check_logging(logging, problems), "logging")
+    return resolved
 
 
 def _rebuild(config: Config, changes: dict[str, Any], *, world_size: int | None) -> Config:
     values = deepcopy(config.given) | changes
     sources = {key: place for key, place in config.sources.items() if place not in NO_PLACE}
-    return _build(Merged(values=values, sources=sources, files=config.files), world_size=world_size)
+    merged = Merged(values=values, sources=sources, files=config.files, replaced=list(config.replaced))
+    return _build(merged, world_size=world_size)
 
 
 def _plain(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """What is handed to DeepSpeed as it stands."""
 
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from neox.config.keys import Float, Lower, Section, internal, no_effect, not_yet, setting
@@ -11,35 +12,44 @@ class DeepSpeedConfig(Section):
     """Sections of DeepSpeed's own configuration; absent sections are None."""
 
     zero_optimization: _Mapping | None = setting(None, "ZeRO: stage, buckets, offload; absent: stage 0.")
-    fp16: _Mapping | None = setting(None, "fp16 and its loss scale.")
-    bf16: _Mapping | None = setting(None, "bf16.")
+    fp16: _Mapping | None = setting(None, "fp16 and its loss scale.", rule="Must say enabled; not together with bf16.")
+    bf16: _Mapping | None = setting(None, "bf16.", rule="Must say enabled; not together with fp16.")
     data_types: _Mapping | None = setting(None, "grad_accum_dtype: type that gradients are summed in.")
     communication_data_type: Annotated[Literal["fp32", "fp16", "bf16"], Lower] | None = setting(
-        None, "Type that gradients are reduced in; absent: fp32 for bf16, else the model's."
+        None,
+        "Type that gradients are reduced in; absent: fp32 for bf16, else the model's.",
+        rule="Wins over fp32_allreduce.",
     )
-    fp32_allreduce: bool = setting(False, "Reduce gradients in fp32.")
+    fp32_allreduce: bool = setting(
+        False, "Reduce gradients in fp32.", rule="Covers gradients; sums over tensor ranks stay in the model's type."
+    )
     prescale_gradients: bool = setting(False, "Divide gradients before they are reduced.")
-    gradient_predivide_factor: Float = setting(1.0, "Factor of prescale_gradients.", gt=0)
+    gradient_predivide_factor: Float = setting(
+        1.0, "Factor of prescale_gradients.", gt=0, rule="Used with prescale_gradients."
+    )
     dump_state: bool = setting(False, "Print DeepSpeed's state at the start.")
     flops_profiler: _Mapping | None = setting(None, "DeepSpeed's profiler of operations.")
     comms_logger: _Mapping | None = setting(None, "DeepSpeed's log of communication.")
     tensorboard: _Mapping | None = setting(None, "DeepSpeed's TensorBoard monitor.")
     wandb: _Mapping | None = setting(None, "DeepSpeed's Weights & Biases monitor.")
     csv_monitor: _Mapping | None = setting(None, "DeepSpeed's CSV monitor.")
-    deepspeed_extra_args: _Mapping | None = setting(None, "Any further keys of DeepSpeed's configuration.")
+    deepspeed_extra_args: _Mapping | None = setting(
+        None, "Any further keys of DeepSpeed's configuration.", rule="Merged last; may not contradict another key."
+    )
 
 
 OTHER_KEYS = (
     no_effect("deepspeed", Literal[True], True, "DeepSpeed is always the engine."),
     internal("curriculum_seqlen", int, "Current length of the curriculum.", instead="leave it out"),
-    not_yet("sparse_gradients", bool, False, "Sparse gradients of embeddings."),
-    not_yet("amp", dict, None, "Mixed precision by apex."),
-    not_yet("curriculum_learning", dict, None, "Curriculum of sequence lengths."),
-    not_yet("activation_checkpointing", dict, None, "DeepSpeed's activation checkpointing."),
-    not_yet("data_efficiency", dict, None, "DeepSpeed's data efficiency."),
-    not_yet("elasticity", dict, None, "DeepSpeed's elastic training."),
-    not_yet("compression_training", dict, None, "DeepSpeed's compression."),
-    not_yet("checkpoint", dict, None, "DeepSpeed's own checkpoints."),
+    no_effect("sparse_gradients", bool, False, "Reduce only the rows of the embedding's gradient that are not zero."),
+    no_effect(
+        "activation_checkpointing", dict, None, "DeepSpeed's recomputation; checkpoint_activations and its kin do it."
+    ),
+    no_effect("checkpoint", dict, None, "DeepSpeed's checkpoints; ours load at any layout, and need none of it."),
+    not_yet("amp", dict, None, "Mixed precision by apex; set precision, fp16 or bf16 instead."),
+    not_yet("data_efficiency", dict, None, "DeepSpeed's sampler of data; curriculum_learning is what there is."),
+    not_yet("elasticity", dict, None, "DeepSpeed's elastic training; torchrun restarts, load resumes at any size."),
+    not_yet("compression_training", dict, None, "DeepSpeed's compression; export to Hugging Face and compress there."),
 )
 
 ZERO_KEYS = frozenset(
@@ -124,3 +134,57 @@ BF16_KEYS = frozenset(
 )
 FP16_LEFTOVERS = frozenset({"fp16", "type"})
 """Keys that upstream's files carry inside fp16 and that DeepSpeed refuses."""
+
+_DEVICE = Literal["none", "cpu", "nvme"]
+_DTYPE = Literal["fp32", "fp16", "bf16"]
+_ZERO_MAPPINGS = frozenset({"offload_param", "offload_optimizer", "zenflow", "leaf_module"})
+_ZERO_NUMBERS = frozenset(
+    key for key in ZERO_KEYS if key.endswith(("size", "threshold", "live_parameters", "distance"))
+)
+
+SECTIONS: MappingProxyType[str, dict[str, Any]] = MappingProxyType(
+    {
+        "zero_optimization": {
+            key: dict if key in _ZERO_MAPPINGS else int if key in _ZERO_NUMBERS else bool
+            for key in ZERO_KEYS - {"stage"}
+        }
+        | {"stage": Any},
+        "zero_optimization.offload_optimizer": {
+            "device": _DEVICE,
+            "nvme_path": str,
+            "buffer_count": int,
+            "pin_memory": bool,
+            "pipeline_read": bool,
+            "pipeline_write": bool,
+            "fast_init": bool,
+            "ratio": float,
+            "super_offload": bool,
+            "cpuadam_cores_perc": float,
+        },
+        "zero_optimization.offload_param": {
+            "device": _DEVICE,
+            "nvme_path": str,
+            "buffer_count": int,
+            "buffer_size": int,
+            "max_in_cpu": int,
+            "pin_memory": bool,
+        },
+        "fp16": dict.fromkeys(FP16_KEYS | FP16_LEFTOVERS, Any) | {"enabled": bool},
+        "bf16": dict.fromkeys(BF16_KEYS, bool),
+        "data_types": {"grad_accum_dtype": _DTYPE},
+        "flops_profiler": {
+            "enabled": bool,
+            "recompute_fwd_factor": float,
+            "profile_step": int,
+            "module_depth": int,
+            "top_modules": int,
+            "detailed": bool,
+            "output_file": str,
+        },
+        "comms_logger": {"enabled": bool, "prof_all": bool, "prof_ops": list, "verbose": bool, "debug": bool},
+        "tensorboard": {"enabled": bool, "output_path": str, "job_name": str},
+        "wandb": {"enabled": bool, "group": str, "team": str, "project": str},
+        "csv_monitor": {"enabled": bool, "output_path": str, "job_name": str},
+    }
+)
+"""Keys of every section that is handed on, by its dotted place, with the types of their values."""

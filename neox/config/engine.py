@@ -8,7 +8,7 @@ from neox.config.deepspeed import FP16_LEFTOVERS
 from neox.config.problems import Problems
 from neox.errors import ConfigError
 
-_PASSED_ON = ("flops_profiler", "comms_logger", "tensorboard", "wandb", "csv_monitor")
+_PASSED_ON = ("flops_profiler", "tensorboard", "wandb", "csv_monitor")
 _PASSED_ON_WHEN_SET = ("prescale_gradients", "gradient_predivide_factor", "dump_state")
 
 
@@ -44,6 +44,9 @@ def deepspeed_dict(config: Config) -> dict[str, Any]:
     given = config.deepspeed
     result |= {key: deepcopy(value) for key in _PASSED_ON if (value := getattr(given, key)) is not None}
     result |= {key: getattr(given, key) for key in _PASSED_ON_WHEN_SET if key in given.model_fields_set}
+    if given.comms_logger and given.comms_logger.get("enabled"):
+        # DeepSpeed turns its log on when the section is there at all, whatever `enabled` says.
+        result["comms_logger"] = deepcopy(given.comms_logger)
     problems = Problems(config.sources)
     _merge_extra(result, given.deepspeed_extra_args or {}, "deepspeed_extra_args", problems)
     problems.raise_any()

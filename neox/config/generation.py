@@ -12,16 +12,19 @@ class GenerationConfig(Section):
         None,
         "Where prompts come from; absent: sample_input_file if given, else none.",
         upstream=("precompute",),
+        rule="Absent: input-file when sample_input_file is set, else unconditional.",
     )
-    temperature: Float = setting(0.0, "Temperature; 0 takes the likeliest token.", ge=0)
+    temperature: Float = setting(
+        0.0, "Temperature; 0 takes the likeliest token.", ge=0, rule="0 ignores top_k and top_p."
+    )
     top_p: Float = setting(0.0, "Nucleus that tokens are drawn from; 0 is off.", ge=0, le=1)
     top_k: Int = setting(0, "Number of likeliest tokens to draw from; 0 is off.", ge=0)
     return_logits: bool = setting(False, "Write the logits too.")
     maximum_tokens: Int = setting(64, "New tokens of one prompt.", gt=0)
     prompt_end: str = setting("\n", "What ends a prompt in an interactive session.")
-    sample_input_file: str | None = setting(None, "Prompts, one a line.")
+    sample_input_file: str | None = setting(None, "Prompts, one a line.", rule="For text_gen_type input-file.")
     sample_output_file: str = setting("samples.txt", "JSON lines of the results.")
-    num_samples: Int = setting(1, "Number of unconditional samples.", gt=0)
+    num_samples: Int = setting(1, "Number of unconditional samples.", gt=0, rule="For text_gen_type unconditional.")
     recompute: bool = setting(False, "Generate without a cache of keys and values.")
 
 

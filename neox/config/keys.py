@@ -4,6 +4,7 @@ A key is declared once: as a field of a section (a setting that something reads,
 row of its topic's `OTHER_KEYS` (a key that is accepted, retired, internal or not supported yet).
 """
 
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -35,7 +36,7 @@ class Key:
         status: what setting it does.
         instead: for internal keys, what to set or do instead.
         same_as: name of another key; being equal to that key's value is inactive too.
-        announce: whether an active value is announced although it changes nothing.
+        rule: how its value is derived, or which other keys it is bound to, in a short sentence.
     """
 
     name: str
@@ -45,7 +46,7 @@ class Key:
     status: Status
     instead: str = ""
     same_as: str = ""
-    announce: bool = False
+    rule: str = ""
 
     def is_inactive(self, value: Any, values: dict[str, Any]) -> bool:
         """Whether `value` asks for nothing, given all `values` of the configuration."""
@@ -57,14 +58,14 @@ class Key:
         return self.default is not True and (value is False or value in ("", []))
 
 
-def no_effect(name: str, kind: Any, default: Any, description: str, *, announce: bool = False) -> Key:
-    """Declare a key that changes speed or memory upstream and nothing here."""
-    return Key(name, kind, default, description, Status.NO_EFFECT, announce=announce)
+def no_effect(name: str, kind: Any, default: Any, description: str, *, rule: str = "") -> Key:
+    """Declare a key that changes speed or memory upstream and nothing here; an active value is announced."""
+    return Key(name, kind, default, description, Status.NO_EFFECT, rule=rule)
 
 
-def dead(name: str, kind: Any, default: Any, description: str) -> Key:
-    """Declare a key that upstream accepts and never reads."""
-    return Key(name, kind, default, description, Status.DEAD)
+def dead(name: str, kind: Any, default: Any, description: str, *, rule: str = "") -> Key:
+    """Declare a key that upstream accepts and never reads; any value is announced."""
+    return Key(name, kind, default, description, Status.DEAD, rule=rule)
 
 
 def internal(name: str, kind: Any, description: str, *, instead: str) -> Key:
@@ -72,12 +73,20 @@ def internal(name: str, kind: Any, description: str, *, instead: str) -> Key:
     return Key(name, kind, None, description, Status.INTERNAL, instead=instead)
 
 
-def not_yet(name: str, kind: Any, default: Any, description: str, *, same_as: str = "") -> Key:
+def not_yet(name: str, kind: Any, default: Any, description: str, *, same_as: str = "", rule: str = "") -> Key:
     """Declare a key that is refused unless its value is inactive."""
-    return Key(name, kind, default, description, Status.NOT_YET, same_as=same_as)
+    return Key(name, kind, default, description, Status.NOT_YET, same_as=same_as, rule=rule)
 
 
-def setting(default: Any, description: str, *, key: str = "", upstream: tuple[str, ...] = (), **bounds: Any) -> Any:
+def setting(
+    default: Any,
+    description: str,
+    *,
+    key: str = "",
+    upstream: tuple[str, ...] = (),
+    rule: str = "",
+    **bounds: Any,
+) -> Any:
     """Declare a field of a section, read from a YAML key.
 
     Args:
@@ -85,15 +94,16 @@ def setting(default: Any, description: str, *, key: str = "", upstream: tuple[st
         description: what it does, with its unit.
         key: dotted place in the YAML when it is not the field's own name, e.g. `optimizer.type`.
         upstream: values that upstream knows and that are not supported yet.
+        rule: how the value is derived when absent, or which other keys it is bound to, in a short sentence.
         bounds: pydantic's `gt`, `ge`, `lt`, `le`.
     """
-    extra: dict[str, Any] = {"status": Status.HONOURED, "key": key, "upstream": upstream}
+    extra: dict[str, Any] = {"status": Status.HONOURED, "key": key, "upstream": upstream, "rule": rule}
     return Field(default, description=description, json_schema_extra=extra, **bounds)
 
 
 def derived(default: Any, description: str) -> Any:
     """Declare a field that is computed and cannot be set."""
-    extra: dict[str, Any] = {"status": Status.DERIVED, "key": "", "upstream": ()}
+    extra: dict[str, Any] = {"status": Status.DERIVED, "key": "", "upstream": (), "rule": ""}
     return Field(default, description=description, json_schema_extra=extra)
 
 
@@ -108,14 +118,21 @@ def whole_number(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+NUMBER = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
+"""A quoted number that is read as a float."""
+
+
 def number(value: Any) -> Any:
     """Read a quoted number such as "1e-8" as a float; leave anything else to the type check."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return float(value)
-    except ValueError:
-        return value
+    return float(value) if isinstance(value, str) and NUMBER.fullmatch(value.strip()) else value
+
+
+def number_hint(value: Any) -> str:
+    """What to write instead of text that starts like a number; empty for anything else."""
+    if not isinstance(value, str) or not re.match(r"\s*[-+]?\.?[0-9]", value):
+        return ""
+    mended = re.sub(r"[_,\s]", "", re.sub(r"(?<=[eE])_", "-", value))
+    return f"; write {mended}" if NUMBER.fullmatch(mended) else "; write it like 1.5, 3e-4 or 1000"
 
 
 def as_tuple(value: Any) -> Any:
@@ -129,7 +146,7 @@ def lower(value: Any) -> Any:
 
 
 Int = Annotated[int, BeforeValidator(whole_number)]
-Float = Annotated[float, BeforeValidator(number)]
+Float = Annotated[float, BeforeValidator(number), Field(allow_inf_nan=False)]
 Strings = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
 Floats = Annotated[tuple[Float, ...], BeforeValidator(as_tuple)]
 Ints = Annotated[tuple[Int, ...], BeforeValidator(as_tuple)]
@@ -149,12 +166,13 @@ def mismatch(value: Any, kind: Any) -> str:
     """Say in words how `value` fails to be of `kind`; empty if it fits."""
     if get_origin(kind) is Literal:
         choices = get_args(kind)
-        fits = value in choices and type(value) in {type(choice) for choice in choices}
+        fits = any(value == choice and type(value) is type(choice) for choice in choices)
         return "" if fits else f"expected {' or '.join(map(repr, choices))}, got {value!r}"
     kinds = get_args(kind) or (kind,)
     if any(_fits(value, one) for one in kinds):
         return ""
-    return f"expected {' or '.join(_WORDS[one] for one in kinds)}, got {value!r}"
+    hint = number_hint(value) if {int, float} & set(kinds) else ""
+    return f"expected {' or '.join(_WORDS[one] for one in kinds)}, got {value!r}{hint}"
 
 
 def _fits(value: Any, kind: type) -> bool:

@@ -8,15 +8,25 @@ from neox.config.keys import Int, Lower, Section, dead, internal, not_yet, setti
 class LaunchConfig(Section):
     """Hosts and launchers."""
 
-    hostfile: str | None = setting(None, "File of lines `HOST slots=N`.")
-    include: str | None = setting(None, "Hosts and slots to use, e.g. host1:0,1@host2.")
-    exclude: str | None = setting(None, "Hosts and slots to leave out.")
-    num_nodes: Int = setting(-1, "Number of hosts to use; -1 is all.", ge=-1)
+    hostfile: str | None = setting(
+        None,
+        "File of lines `HOST slots=N`.",
+        rule="Read where train.py is started by hand; a file that does not exist is announced and left out.",
+    )
+    include: str | None = setting(
+        None, "Hosts and slots to use, e.g. host1:0,1@host2.", rule="Needs a hostfile; not together with exclude."
+    )
+    exclude: str | None = setting(
+        None, "Hosts and slots to leave out.", rule="Needs a hostfile; not together with include."
+    )
+    num_nodes: Int = setting(-1, "Number of hosts to use; -1 is all.", ge=-1, rule="The first hosts of the hostfile.")
     num_gpus: Int | None = setting(None, "Processes of each host; absent: all its devices.", gt=0)
     master_port: Int = setting(29500, "Port where processes meet.", gt=0, lt=65536)
     master_addr: str | None = setting(None, "Address where processes meet.")
     launcher: Annotated[Literal["pdsh", "openmpi", "mvapich", "slurm"], Lower] = setting(
-        "pdsh", "How processes are started on other hosts."
+        "pdsh",
+        "How processes are started on other hosts.",
+        rule="Used with a hostfile, deepspeed_slurm, deepspeed_mpi or force_multi.",
     )
     force_multi: bool = setting(False, "Use the launcher for a single host too.")
     no_ssh_check: bool = setting(False, "Do not try ssh beforehand.")
@@ -26,10 +36,12 @@ class LaunchConfig(Section):
     deepspeed_mpi: bool = setting(False, "Take ranks from MPI.")
 
 
+_INSTEAD_OF_AUTOTUNING = "compare runtime/tokens_per_sec of short runs, train_iters=20 with other overrides."
+
 OTHER_KEYS = (
     internal("user_script", str, "Script that is launched.", instead="name the script on the command line"),
-    not_yet("autotuning_run", Literal["tune", "run"], None, "DeepSpeed's autotuner."),
-    not_yet("autotuning", dict, None, "Settings of DeepSpeed's autotuner."),
+    not_yet("autotuning_run", Literal["tune", "run"], None, f"DeepSpeed's autotuner; {_INSTEAD_OF_AUTOTUNING}"),
+    not_yet("autotuning", dict, None, f"Settings of DeepSpeed's autotuner; {_INSTEAD_OF_AUTOTUNING}"),
     dead("deepscale", bool, False, "A retired engine."),
     dead("deepscale_config", str, None, "A retired engine's settings."),
 )

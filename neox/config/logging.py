@@ -1,48 +1,60 @@
 """What is reported, and where."""
 
-from neox.config.keys import Float, Int, Section, internal, not_yet, setting
+from typing import Any
+
+from neox.config.keys import Float, Int, Section, Strings, internal, setting
 
 
 class LoggingConfig(Section):
-    """Console, files, TensorBoard and Weights & Biases."""
+    """Console, files, TensorBoard, Weights & Biases, Comet; what is measured beside the loss."""
 
     log_interval: Int = setting(100, "Iterations between reports.", gt=0)
     steps_per_print: Int = setting(10, "Iterations between DeepSpeed's own reports.", gt=0)
-    log_dir: str | None = setting(None, "Folder for logs.")
-    log_grad_norm: bool = setting(False, "Report the norm of the gradients.")
+    log_dir: str | None = setting(
+        None, "Folder for <host>_stdout.txt and <host>_stderr.txt, copies of what workers print, and other logs."
+    )
+    log_grad_norm: bool = setting(False, "Report the L2 norm of each parameter's gradient, before clipping.")
+    log_grad_pct_zeros: bool = setting(False, "Report the share of zeros in each parameter's gradient, in percent.")
+    log_param_norm: bool = setting(False, "Report the L2 norm of each parameter.")
+    log_optimizer_states: bool = setting(False, "Report the L2 norm of each tensor the optimizer keeps.")
+    log_gradient_noise_scale: bool = setting(
+        False, "Report the gradient noise scale, in sequences (McCandlish et al. 2018)."
+    )
+    gradient_noise_scale_n_batches: Int = setting(5, "Steps whose gradients make the large batch of an estimate.", ge=2)
+    gradient_noise_scale_cpu_offload: bool = setting(False, "Keep the sum of those gradients on the CPU.")
+    memory_profiling: bool = setting(False, "Record the allocations of CUDA memory, until profile_step_stop.")
+    memory_profiling_path: str | None = setting(None, "Folder for those records; absent: memory, beside the metrics.")
+    profile: bool = setting(False, "Write a torch.profiler trace of some iterations.")
+    profile_step_start: Int = setting(10, "First profiled iteration, counted from 1.", ge=1)
+    profile_step_stop: Int = setting(
+        12, "Iteration that is no longer profiled.", ge=2, rule="Above profile_step_start."
+    )
     peak_theoretical_tflops: Float | None = setting(
         None, "Peak TFLOP/s of one device, for MFU and HFU; absent: known for common GPUs.", gt=0
     )
     wall_clock_breakdown: bool = setting(False, "Time the phases of a step.")
     tensorboard_dir: str | None = setting(None, "Folder for TensorBoard.")
-    use_wandb: bool | None = setting(None, "Report to Weights & Biases; absent: when a key is found.")
+    use_wandb: bool | None = setting(
+        None,
+        "Report to Weights & Biases; absent: when a key is found.",
+        rule="Absent: on when WANDB_API_KEY, WANDB_LOCAL or a netrc entry for wandb_host is found.",
+    )
     wandb_group: str | None = setting(None, "Group of the run.")
     wandb_run_name: str | None = setting(None, "Name of the run.")
     wandb_team: str | None = setting(None, "Team that owns the run.")
     wandb_project: str = setting("neox", "Project of the run.")
     wandb_host: str = setting("https://api.wandb.ai", "Server of the run.")
+    wandb_init_all_ranks: bool = setting(False, "Make a run for each process, and not for the first alone.")
+    use_comet: bool | None = setting(None, "Report to Comet.")
+    comet_workspace: str | None = setting(None, "Workspace of the experiment; absent: Comet's own configuration.")
+    comet_project: str | None = setting(None, "Project of the experiment; absent: Comet's own configuration.")
+    comet_experiment_name: str | None = setting(None, "Name of the experiment.")
+    comet_tags: Strings | None = setting(None, "Tags of the experiment.")
+    comet_others: dict[str, Any] | None = setting(None, "Further values recorded with the experiment.")
 
 
 OTHER_KEYS = (
     internal("git_hash", str, "Commit of the code.", instead="leave it out: it is recorded anyway"),
     internal("tensorboard_writer", str, "The TensorBoard object.", instead="set tensorboard_dir"),
     internal("comet_experiment", str, "The Comet object.", instead="leave it out"),
-    not_yet("wandb_init_all_ranks", bool, False, "A run for each process."),
-    not_yet("use_comet", bool, None, "Report to Comet."),
-    not_yet("comet_workspace", str, None, "Workspace of Comet."),
-    not_yet("comet_project", str, None, "Project of Comet."),
-    not_yet("comet_experiment_name", str, None, "Name at Comet."),
-    not_yet("comet_tags", list, None, "Tags at Comet."),
-    not_yet("comet_others", dict, None, "Further data at Comet."),
-    not_yet("log_grad_pct_zeros", bool, False, "Report the share of zero gradients."),
-    not_yet("log_param_norm", bool, False, "Report norms of parameters."),
-    not_yet("log_optimizer_states", bool, False, "Report norms of optimizer state."),
-    not_yet("log_gradient_noise_scale", bool, False, "Report the gradient noise scale."),
-    not_yet("gradient_noise_scale_n_batches", int, 5, "Batches of the noise scale."),
-    not_yet("gradient_noise_scale_cpu_offload", bool, False, "Keep gradients of the noise scale on the CPU."),
-    not_yet("memory_profiling", bool, False, "Record memory."),
-    not_yet("memory_profiling_path", str, None, "Folder for memory records."),
-    not_yet("profile", bool, False, "Profile some iterations."),
-    not_yet("profile_step_start", int, 10, "First profiled iteration."),
-    not_yet("profile_step_stop", int, 12, "Iteration where profiling ends."),
 )

@@ -6,16 +6,20 @@ from pydantic import BeforeValidator
 
 from neox.config.keys import Float, Int, Lower, Section, as_tuple, dead, derived, no_effect, not_yet, setting
 
-_INITS = Literal["normal", "scaled_normal", "small_init", "wang_init"]
-_OTHER_INITS = (
+_INITS = Literal[
+    "normal",
+    "scaled_normal",
+    "small_init",
+    "wang_init",
     "orthogonal",
     "scaled_orthogonal",
     "xavier_uniform",
     "xavier_normal",
     "single_residual_scaled_normal",
-)
-_OTHER_NORMS = ("rmsnorm", "non_parametric_layernorm", "scalenorm", "te_rmsnorm", "te_layernorm")
-_OTHER_ACTIVATIONS = (*("geglu", "relu", "softsign", "swish", "mish", "silu", "reglu", "swiglu", "bilinear", "glu"),)
+]
+Norm = Literal["layernorm", "rmsnorm", "scalenorm", "non_parametric_layernorm", "te_layernorm", "te_rmsnorm"]
+Activation = Literal["gelu", "relu", "softsign", "swish", "silu", "mish", "geglu", "swiglu", "reglu", "bilinear", "glu"]
+GATED_ACTIVATIONS = ("geglu", "swiglu", "reglu", "bilinear", "glu")
 
 
 def precision_name(value: Any) -> Any:
@@ -27,48 +31,108 @@ def precision_name(value: Any) -> Any:
 class ModelConfig(Section):
     """A decoder of `num_layers` blocks of width `hidden_size`."""
 
-    num_layers: Int = setting(..., "Number of blocks.", gt=0)
-    hidden_size: Int = setting(..., "Width of the residual stream.", gt=0)
-    num_attention_heads: Int = setting(..., "Attention heads of a block.", gt=0)
+    num_layers: Int = setting(..., "Number of blocks.", gt=0, le=100_000)
+    hidden_size: Int = setting(..., "Width of the residual stream.", rule="A multiple of num_attention_heads.", gt=0)
+    num_attention_heads: Int = setting(
+        ..., "Attention heads of a block.", gt=0, rule="Divides hidden_size; a multiple of model_parallel_size."
+    )
+    num_kv_heads: Int = setting(
+        0,
+        "Heads of keys and values, shared by groups of queries; absent: all.",
+        gt=0,
+        rule="Divides num_attention_heads; a multiple of model_parallel_size.",
+    )
     intermediate_size: Int = setting(
-        0, "Width of the MLP; absent: expansion_factor x hidden_size, or 4 x hidden_size.", gt=0
+        0,
+        "Width of the MLP; with a gated activation a third of it is the inner width, of up and gate each.",
+        rule="Absent: expansion_factor x hidden_size, or 4 x hidden_size. The inner width is rounded up to a multiple "
+        "of mlp_multiple_of, and must divide by model_parallel_size.",
+        gt=0,
     )
-    expansion_factor: Float | None = setting(None, "Width of the MLP as a multiple of hidden_size.", gt=0)
-    mlp_multiple_of: Int = setting(1, "The width of the MLP is rounded up to a multiple of this.", gt=0)
-    seq_length: Int = setting(..., "Tokens of a training sequence.", gt=0)
-    max_position_embeddings: Int = setting(0, "Longest sequence, in tokens; absent: seq_length.", gt=0)
-    norm: Literal["layernorm"] = setting("layernorm", "Normalisation.", upstream=_OTHER_NORMS)
-    layernorm_epsilon: Float = setting(1e-5, "Epsilon of layernorm.", gt=0)
-    pos_emb: Annotated[Literal["learned", "rotary", "none"], Lower] = setting(
-        "learned", "Position encoding.", upstream=("sinusoidal", "rpe", "alibi")
+    expansion_factor: Float | None = setting(
+        None,
+        "Width of the MLP as a multiple of hidden_size.",
+        rule="Not together with intermediate_size.",
+        gt=0,
+        le=1000,
     )
-    rotary_pct: Float = setting(1.0, "Share of each head that is rotated.", gt=0, le=1)
+    mlp_multiple_of: Int = setting(1, "The inner width of the MLP is rounded up to a multiple of this.", gt=0)
+    seq_length: Int = setting(
+        ..., "Tokens of a training sequence.", rule="At most max_position_embeddings less opt_pos_emb_offset.", gt=0
+    )
+    max_position_embeddings: Int = setting(
+        0,
+        "Longest sequence in tokens; the rows of learned positions.",
+        rule="Absent: seq_length + opt_pos_emb_offset.",
+        gt=0,
+    )
+    norm: Norm = setting(
+        "layernorm", "Normalisation.", rule="te_layernorm and te_rmsnorm run as layernorm and rmsnorm."
+    )
+    layernorm_epsilon: Float = setting(1e-5, "Epsilon of layernorm and non_parametric_layernorm.", gt=0)
+    rms_norm_epsilon: Float = setting(1e-8, "Epsilon of rmsnorm, inside the root.", gt=0)
+    scalenorm_epsilon: Float = setting(1e-8, "Smallest length that scalenorm divides by.", gt=0)
+    use_qk_layernorm: bool = setting(False, "Normalise queries and keys by the norm of the model.")
+    embedding_norm: bool = setting(False, "Normalise the embeddings before the first block, as BLOOM does.")
+    pos_emb: Annotated[Literal["learned", "rotary", "sinusoidal", "alibi", "none"], Lower] = setting(
+        "learned", "Position encoding.", upstream=("rpe",)
+    )
+    opt_pos_emb_offset: Int = setting(
+        0, "Shift of learned positions inside their table; OPT has 2.", rule="Only with pos_emb learned.", ge=0
+    )
+    rotary_pct: Float = setting(
+        1.0, "Share of each head that is rotated.", gt=0, le=1, rule="Gives an even number of dimensions of a head."
+    )
     rotary_emb_base: Float = setting(10000, "Base of the rotary frequencies.", gt=0)
+    rope_scaling: dict[str, Any] | None = setting(
+        None,
+        "Rotary positions beyond those trained on: rope_type linear, dynamic, yarn or llama3, and its numbers.",
+        rule="For pos_emb rotary.",
+    )
+    sliding_window_width: Int | None = setting(
+        None, "Keys a query sees before its own; Hugging Face's sliding_window counts that too. Absent: all.", gt=0
+    )
     no_weight_tying: bool = setting(False, "Give the output head a matrix of its own.")
-    activation: Literal["gelu"] = setting("gelu", "Nonlinearity of the MLP.", upstream=_OTHER_ACTIVATIONS)
-    bias_gelu_fusion: bool = setting(False, "GELU by its tanh approximation instead of the exact erf.")
+    activation: Activation = setting("gelu", "Nonlinearity of the MLP.")
+    bias_gelu_fusion: bool = setting(
+        False, "GELU by its tanh approximation, not the exact erf.", rule="Only activation gelu has this form."
+    )
     gpt_j_residual: bool = setting(False, "Parallel residual: x + attention(ln1(x)) + mlp(ln2(x)).")
+    gpt_j_tied: bool = setting(
+        False, "Both branches of the parallel residual read one norm.", rule="Only with gpt_j_residual."
+    )
     use_bias_in_attn_linear: bool = setting(True, "Biases in the two matrices of attention.")
     use_bias_in_mlp: bool = setting(True, "Biases in the two matrices of the MLP.")
     hidden_dropout: Float = setting(0.0, "Dropout before each residual addition and on embeddings.", ge=0, lt=1)
     attention_dropout: Float = setting(0.0, "Dropout on attention probabilities.", ge=0, lt=1)
-    init_method: _INITS = setting("normal", "Initialiser of embeddings and input matrices.", upstream=_OTHER_INITS)
+    init_method: _INITS = setting("normal", "Initialiser of embeddings and input matrices.")
     output_layer_init_method: _INITS = setting(
         "scaled_normal",
         "Initialiser of the matrices that write to the residual stream.",
-        upstream=_OTHER_INITS,
     )
-    init_method_std: Float = setting(0.02, "Standard deviation of normal and scaled_normal.", gt=0)
-    padded_vocab_size: Int | None = setting(None, "Rows of the embedding; absent: from the tokenizer.", gt=0)
+    init_method_std: Float = setting(0.02, "Standard deviation of the normal kinds, before their scaling.", gt=0)
+    padded_vocab_size: Int | None = setting(
+        None,
+        "Rows of the embedding; absent: from the tokenizer.",
+        gt=0,
+        rule="Absent: the checkpoint's, else the tokenizer's size rounded up by make_vocab_size_divisible_by.",
+    )
     make_vocab_size_divisible_by: Int = setting(
-        128, "The vocabulary is padded to a multiple of this times model_parallel_size.", gt=0
+        128,
+        "The vocabulary is padded to a multiple of this times model_parallel_size.",
+        gt=0,
+        rule="Used when padded_vocab_size is absent.",
     )
     precision: Annotated[Literal["fp32", "fp16", "bfloat16"], BeforeValidator(precision_name)] = setting(
-        "fp32", "Type of parameters and arithmetic; absent: from the fp16 and bf16 sections, else fp32."
+        "fp32",
+        "Type of parameters and arithmetic; absent: from the fp16 and bf16 sections, else fp32.",
+        rule="Agrees with fp16.enabled and bf16.enabled.",
     )
     compile: bool | None = setting(None, "Compile the blocks with torch.compile; absent: where it pays.")
     attention_config: Annotated[tuple[Any, ...], BeforeValidator(as_tuple)] | None = setting(
-        None, "Attention of each layer, e.g. [[[flash], 12]]; global and flash are the same operation here."
+        None,
+        "Attention of each layer, e.g. [[[flash], 12]]; global and flash are the same operation here.",
+        rule="Describes exactly num_layers layers; the word all fills what is left.",
     )
     attention_types: tuple[str, ...] = derived((), "attention_config spelled out, one name a layer.")
 
@@ -78,6 +142,41 @@ class ModelConfig(Section):
         return self.hidden_size // self.num_attention_heads
 
     @property
+    def is_gated(self) -> bool:
+        """Whether the MLP multiplies two projections."""
+        return self.activation in GATED_ACTIVATIONS
+
+    @property
+    def mlp_inner_width(self) -> int:
+        """Width between the two matrices of the MLP: what linear2 reads.
+
+        A gated MLP has three matrices instead of two, so upstream takes a third of `intermediate_size` for each of
+        up and gate. Upstream rounds the two together and the inner width apart, and cannot build a model where the
+        results disagree; here the inner width is half of the two, rounded up to a multiple of `mlp_multiple_of`,
+        which is the same wherever upstream's works.
+        """
+        multiple = self.mlp_multiple_of
+        if not self.is_gated:
+            return -(-self.intermediate_size // multiple) * multiple
+        both = 2 * self.intermediate_size // 3
+        return -(-both // (2 * multiple)) * multiple
+
+    @property
+    def linear1_width(self) -> int:
+        """Rows of linear1: the inner width, or up and gate of that width each."""
+        return 2 * self.mlp_inner_width if self.is_gated else self.mlp_inner_width
+
+    @property
+    def qkv_width(self) -> int:
+        """Rows of the fused projection to queries, keys and values."""
+        return (self.num_attention_heads + 2 * self.num_kv_heads) * self.head_dim
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether groups of query heads share a head of keys and values (GQA; MQA with one)."""
+        return self.num_kv_heads != self.num_attention_heads
+
+    @property
     def rotary_ndims(self) -> int:
         """Leading dimensions of a head that are rotated."""
         return int(self.head_dim * self.rotary_pct)
@@ -85,6 +184,8 @@ class ModelConfig(Section):
 
 OTHER_KEYS = (
     no_effect("layernorm_fusion", bool, False, "Fused layer normalisation."),
+    no_effect("rmsnorm_fusion", bool, False, "Fused RMS normalisation."),
+    no_effect("use_flashattn_swiglu", bool, False, "SwiGLU kernel of flash-attn."),
     no_effect("scaled_upper_triang_masked_softmax_fusion", bool, False, "Fused causal softmax."),
     no_effect("scaled_masked_softmax_fusion", bool, False, "Fused masked softmax."),
     no_effect("bias_dropout_fusion", bool, False, "Fused bias, dropout and residual addition."),
@@ -95,6 +196,16 @@ OTHER_KEYS = (
     no_effect("use_cpu_initialization", bool, False, "Draw weights on the CPU, as is always done here."),
     no_effect("rotary_save_freqs_buffer", bool, False, "Store rotary frequencies; they are always recomputed."),
     no_effect("output_layer_parallelism", Literal["column"], "column", "How the head is split."),
+    no_effect("fp16_lm_cross_entropy", bool, False, "Loss in fp16; it is always fp32."),
+    no_effect("onnx_safe", bool, False, "Operations that ONNX can export."),
+    no_effect("te_columnparallel", bool, False, "TransformerEngine's column-parallel matrices."),
+    no_effect("te_rowparallel", bool, False, "TransformerEngine's row-parallel matrices."),
+    no_effect("te_layernorm_mlp", bool, False, "TransformerEngine's norm and MLP."),
+    no_effect("te_mha", bool, False, "TransformerEngine's attention."),
+    no_effect("te_fp8_format", Literal["e4m3", "hybrid"], "hybrid", "Format of fp8."),
+    no_effect("te_fp8_wgrad", bool, True, "fp8 in weight gradients."),
+    no_effect("te_fp8_amax_history_len", int, 1, "Window of fp8's maxima."),
+    no_effect("te_fp8_amax_compute_algo", str, "most_recent", "Rule of fp8's maxima."),
     dead("num_unique_layers", int, None, "Layers with weights of their own."),
     dead("param_sharing_style", str, "grouped", "Order of shared layers."),
     dead("use_bias_in_norms", bool, True, "Biases in norms."),
@@ -103,23 +214,12 @@ OTHER_KEYS = (
     dead("moe_lbl_in_fp32", bool, False, "Load-balancing loss in fp32."),
     dead("mup_attn_temp", float, 1.0, "muP temperature of attention."),
     dead("mup_output_temp", float, 1.0, "muP temperature of the output."),
-    not_yet("num_kv_heads", int, None, "Heads of keys and values.", same_as="num_attention_heads"),
-    not_yet("sliding_window_width", int, None, "Width of local attention."),
-    not_yet("rmsnorm_fusion", bool, False, "Fused RMS normalisation."),
-    not_yet("use_qk_layernorm", bool, False, "Normalise queries and keys."),
-    not_yet("rms_norm_epsilon", float, 1e-8, "Epsilon of rmsnorm."),
-    not_yet("scalenorm_epsilon", float, 1e-8, "Epsilon of scalenorm."),
     not_yet("rpe_num_buckets", int, 32, "Buckets of relative positions."),
     not_yet("rpe_max_distance", int, 128, "Largest relative position."),
-    not_yet("opt_pos_emb_offset", int, 0, "Shift of learned positions."),
     not_yet("sparsity_config", dict, None, "Settings of block-sparse attention."),
     not_yet("sparse_attention", dict, None, "DeepSpeed's settings of sparse attention."),
-    not_yet("use_flashattn_swiglu", bool, False, "SwiGLU kernel of flash-attn."),
-    not_yet("fp16_lm_cross_entropy", bool, False, "Loss in fp16."),
     not_yet("gmlp_attn_dim", int, 64, "Width of the attention in amlp layers."),
-    not_yet("gpt_j_tied", bool, False, "One norm for both branches of the parallel residual."),
     not_yet("soft_prompt_tuning", dict, None, "Train a prompt of embeddings only."),
-    not_yet("onnx_safe", bool, False, "Operations that ONNX can export."),
     not_yet("mamba_selective_scan_fusion", bool, False, "Mamba's scan kernel."),
     not_yet("mamba_causal_conv_fusion", bool, False, "Mamba's convolution kernel."),
     not_yet("mamba_inner_func_fusion", bool, False, "Mamba's whole-block kernel."),
@@ -130,14 +230,6 @@ OTHER_KEYS = (
     not_yet("head_size", int, None, "Size of RWKV's heads."),
     not_yet("ffn_dim", int, None, "Width of RWKV's channel mixing."),
     not_yet("serve_model_weights", bool, False, "Serve weights to a sampler."),
-    not_yet("te_columnparallel", bool, False, "TransformerEngine's column-parallel matrices."),
-    not_yet("te_rowparallel", bool, False, "TransformerEngine's row-parallel matrices."),
-    not_yet("te_layernorm_mlp", bool, False, "TransformerEngine's norm and MLP."),
-    not_yet("te_mha", bool, False, "TransformerEngine's attention."),
-    not_yet("te_fp8_format", Literal["e4m3", "hybrid"], "hybrid", "Format of fp8."),
-    not_yet("te_fp8_wgrad", bool, True, "fp8 in weight gradients."),
-    not_yet("te_fp8_amax_history_len", int, 1, "Window of fp8's maxima."),
-    not_yet("te_fp8_amax_compute_algo", str, "most_recent", "Rule of fp8's maxima."),
     not_yet("te_fp8_mha", bool, False, "fp8 in attention."),
     not_yet("moe_num_experts", int, 1, "Experts of a layer."),
     not_yet("moe_expert_interval", int, 1, "Every how many layers one has experts."),

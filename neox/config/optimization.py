@@ -2,51 +2,117 @@
 
 from typing import Annotated, Any, Literal
 
-from neox.config.keys import Float, Int, Lower, Section, dead, derived, internal, not_yet, setting
+from neox.config.keys import Float, Int, Ints, Lower, Section, dead, derived, internal, not_yet, setting
+
+OptimizerName = Literal[
+    "adam",
+    "adamw",
+    "sgd",
+    "lion",
+    "sm3",
+    "madgrad_wd",
+    "adam8bit",
+    "muon",
+    "cpu_adam",
+    "cpu_torch_adam",
+    "onebitadam",
+]
 
 
 class BatchConfig(Section):
     """train_batch_size = micro batch x accumulation steps x data-parallel size; 0 while not known."""
 
-    train_batch_size: Int = setting(0, "Sequences of one optimizer step.", gt=0)
-    train_micro_batch_size_per_gpu: Int = setting(0, "Sequences of one forward pass on one process.", gt=0)
+    train_batch_size: Int = setting(
+        0,
+        "Sequences of one optimizer step.",
+        gt=0,
+        rule="train_micro_batch_size_per_gpu x gradient_accumulation_steps x data-parallel size.",
+    )
+    train_micro_batch_size_per_gpu: Int = setting(
+        0, "Sequences of one forward pass on one process.", gt=0, rule="Absent: train_batch_size over the other two."
+    )
     gradient_accumulation_steps: Int = setting(
-        0, "Forward passes of one optimizer step; absent: whatever the other two imply, or 1.", gt=0
+        0,
+        "Forward passes of one optimizer step; absent: whatever the other two imply, or 1.",
+        gt=0,
+        rule="Absent: train_batch_size over the other two.",
+    )
+    rampup_batch_size: Ints | None = setting(
+        None,
+        "Growing batch: sequences of the first step, increment, and consumed samples after which train_batch_size is "
+        "reached.",
+        rule="Increments are spread over the samples evenly; each size is a multiple of micro batch x data-parallel "
+        "size; train_iters and the learning rate count steps of whatever size.",
     )
 
 
 class OptimizerConfig(Section):
     """The rule that updates parameters."""
 
-    type: Annotated[Literal["adam", "adamw", "sgd"], Lower] = setting(
+    type: Annotated[OptimizerName, Lower] = setting(
         "adam",
-        "Adam and AdamW are one and the same: decoupled weight decay.",
+        "Rule of the update. Adam and AdamW are one and the same: decoupled weight decay. cpu_adam and "
+        "cpu_torch_adam are AdamW on the CPU and need zero_optimization.offload_optimizer. onebitadam is refused.",
         key="optimizer.type",
-        upstream=("onebitadam", "cpu_adam", "cpu_torch_adam", "sm3", "madgrad_wd", "lion"),
     )
     params: dict[str, Any] = setting(
-        {}, "Arguments of the optimizer: lr, betas, eps, momentum.", key="optimizer.params"
+        {},
+        "Arguments of the optimizer: lr, weight_decay, and by type betas, eps, momentum, beta, nesterov, ns_steps, "
+        "adjust_lr_fn, adamw_lr.",
+        key="optimizer.params",
+    )
+    use_bnb_optimizer: bool = setting(
+        False, "Adam with 8-bit moments, from bitsandbytes; the same as optimizer.type: Adam8bit."
     )
     lr: float = derived(0.0, "Peak learning rate, from optimizer.params.lr; 0 when no optimizer is given.")
     is_given: bool = derived(False, "Whether the configuration names an optimizer at all.")
-    weight_decay: Float = setting(0.1, "Weight decay of matrices; norms and biases have none.", ge=0)
+    weight_decay: Float = setting(
+        0.1,
+        "Weight decay of matrices; norms and biases have none.",
+        ge=0,
+        rule="The same as optimizer.params.weight_decay; both only when equal.",
+    )
     gradient_clipping: Float = setting(1.0, "Largest global L2 norm of the gradients; 0 does not clip.", ge=0)
+
+
+DecayStyle = Literal["constant", "linear", "cosine", "exponential", "inverse_sqrt", "wsd"]
 
 
 class ScheduleConfig(Section):
     """The learning rate over the iterations."""
 
-    lr_decay_style: Annotated[Literal["constant", "linear", "cosine", "exponential", "inverse_sqrt"], Lower] = setting(
-        "linear", "Shape of the decay after warmup."
+    lr_decay_style: Annotated[DecayStyle, Lower] = setting(
+        "linear", "Shape of the decay after warmup; wsd is warmup, a constant rate, then a short decay."
+    )
+    wsd_decay_fraction: Float = setting(0.1, "Share of lr_decay_iters that is the decay of wsd.", gt=0, le=1)
+    wsd_decay_shape: Annotated[Literal["linear", "cosine", "1-sqrt"], Lower] = setting(
+        "1-sqrt", "Curve of the decay of wsd, from the peak to min_lr."
     )
     lr_decay_iters: Int = setting(
-        0, "Iteration where min_lr is reached; absent: lr_decay_fraction x train_iters, or train_iters.", gt=0
+        0,
+        "Iteration where min_lr is reached; absent: lr_decay_fraction x train_iters, or train_iters.",
+        gt=0,
+        rule="Wins over lr_decay_fraction.",
     )
-    lr_decay_fraction: Float | None = setting(None, "Iteration where min_lr is reached, over train_iters.", gt=0, le=1)
-    min_lr: Float = setting(0.0, "Floor of the learning rate.", ge=0)
+    lr_decay_fraction: Float | None = setting(
+        None,
+        "Iteration where min_lr is reached, over train_iters.",
+        gt=0,
+        le=1,
+        rule="Used when lr_decay_iters is absent.",
+    )
+    min_lr: Float = setting(0.0, "Floor of the learning rate.", ge=0, rule="At most optimizer.params.lr.")
     warmup: Float = setting(0.01, "Share of lr_decay_iters that is linear warmup, 0 to 1.", ge=0, le=1)
-    override_lr_scheduler: bool = setting(False, "When loading, take this schedule and not the saved one.")
-    use_checkpoint_lr_scheduler: bool = setting(False, "When loading, take the saved schedule and not this one.")
+    override_lr_scheduler: bool = setting(
+        False,
+        "When loading, take this schedule and not the saved one.",
+        rule="Not together with use_checkpoint_lr_scheduler; with neither, saved and configured values must agree.",
+    )
+    use_checkpoint_lr_scheduler: bool = setting(
+        False,
+        "When loading, take the saved schedule and not this one.",
+        rule="Not together with override_lr_scheduler.",
+    )
 
 
 _ZERO = "set it inside zero_optimization"
@@ -76,6 +142,5 @@ OTHER_KEYS = (
         "Window of the loss scale; fp16.loss_scale_window is the one that works.",
     ),
     dead("min_scale", float, 1.0, "Smallest loss scale; fp16.min_loss_scale is the one that works."),
-    not_yet("scheduler", dict, None, "A learning-rate schedule of DeepSpeed's."),
-    not_yet("use_bnb_optimizer", bool, False, "Adam with 8-bit state."),
+    not_yet("scheduler", dict, None, "A learning-rate schedule of DeepSpeed's; set lr_decay_style, warmup and min_lr."),
 )

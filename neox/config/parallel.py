@@ -6,11 +6,23 @@ from neox.config.keys import Int, Section, derived, internal, no_effect, setting
 class ParallelConfig(Section):
     """Sizes of the pipeline, data and tensor dimensions, from the slowest of a rank to the fastest."""
 
-    pipe_parallel_size: Int = setting(0, "Pipeline stages; 0 and 1 run without the pipeline engine.", ge=0)
-    model_parallel_size: Int = setting(1, "Tensor-parallel size.", gt=0)
+    pipe_parallel_size: Int = setting(
+        0,
+        "Pipeline stages; 0 and 1 run without the pipeline engine.",
+        ge=0,
+        rule="At most num_layers; above 1 only with ZeRO 0 or 1.",
+    )
+    model_parallel_size: Int = setting(
+        1,
+        "Tensor-parallel size.",
+        gt=0,
+        rule="Divides num_attention_heads, num_kv_heads and the inner width of the MLP; with the pipeline stages, the "
+        "number of processes.",
+    )
     sequence_parallel: bool = setting(
         False,
         "Split norms and dropouts along the sequence over tensor ranks; off when model_parallel_size is 1.",
+        rule="model_parallel_size divides seq_length.",
     )
     pipe_partition_method: str = setting(
         "type:transformer|mlp", "How layers are dealt to stages: parameters, uniform or type:REGEX."

@@ -1,6 +1,7 @@
 """Collecting the mistakes of a configuration, each with its place."""
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -16,6 +17,8 @@ class Problems:
 
     sources: Mapping[str, str]
     lines: list[str] = field(default_factory=list)
+    wrong: set[str] = field(default_factory=set)
+    """Keys whose own value is wrong; what compares them with others is not told as well."""
 
     def place(self, key: str) -> str:
         """Where `key`, or the nearest mapping around it, was set; empty if nowhere."""
@@ -27,9 +30,12 @@ class Problems:
         return ""
 
     def add(self, key: str, message: str) -> None:
-        """Note a mistake in `key`."""
+        """Note a mistake in `key`, unless the line names a key that is wrong by itself."""
+        if self.wrong and not self.wrong.isdisjoint(re.findall(r"[\w.]+", f"{key} {message}")):
+            return
         place = self.place(key)
-        line = f"{place}: {key}: {message}" if place else f"{key}: {message}"
+        name = key if key.isprintable() else repr(key)
+        line = f"{place}: {name}: {message}" if place else f"{name}: {message}"
         if line not in self.lines:
             self.lines.append(line)
 

@@ -22,7 +22,10 @@ def check_training(config: Config) -> None:
     if not (config.batch.train_batch_size or config.batch.train_micro_batch_size_per_gpu):
         problems.add("train_batch_size", "training needs a batch; set it or train_micro_batch_size_per_gpu")
     tokenizer = config.tokenizer
-    has_vocabulary = config.model.padded_vocab_size is not None or tokenizer.vocab_file is not None
-    if tokenizer.tokenizer_type in _NEEDS_VOCABULARY and not has_vocabulary:
-        problems.add("vocab_file", f"{tokenizer.tokenizer_type} needs it; set it, or padded_vocab_size")
+    if tokenizer.tokenizer_type in _NEEDS_VOCABULARY and tokenizer.vocab_file is None:
+        looks_for_ends = next((key for key in ("eod_mask_loss", "document_masking") if getattr(config.data, key)), "")
+        if looks_for_ends:
+            problems.add("vocab_file", f"{looks_for_ends} needs it, for the end-of-document token; set it")
+        elif config.model.padded_vocab_size is None:
+            problems.add("vocab_file", f"{tokenizer.tokenizer_type} needs it; set it, or padded_vocab_size")
     problems.raise_any()

@@ -1,39 +1,90 @@
 """Rules of the model: sizes that must fit each other, and values that follow from others."""
 
-import math
-from typing import Any
-
 from neox.config.deepspeed import DeepSpeedConfig
 from neox.config.model import ModelConfig
 from neox.config.problems import Problems
+from neox.config.resolve_attention import resolve_attention
 
-_DENSE_ATTENTION = ("global", "flash")
+_VENDOR_NORMS = {"te_layernorm": "layernorm", "te_rmsnorm": "rmsnorm"}
+_EPSILONS = {
+    "layernorm_epsilon": ("layernorm", "non_parametric_layernorm"),
+    "rms_norm_epsilon": ("rmsnorm",),
+    "scalenorm_epsilon": ("scalenorm",),
+}
 
 
-def resolve_model(model: ModelConfig, deepspeed: DeepSpeedConfig, problems: Problems) -> ModelConfig:
-    """Fill in what is not given, and note sizes that do not fit."""
+def resolve_model(
+    model: ModelConfig, deepspeed: DeepSpeedConfig, problems: Problems, notices: list[str]
+) -> ModelConfig:
+    """Fill in what is not given, and note what does not fit and what has no effect."""
     model = model.model_copy(
         update={
             "intermediate_size": _mlp_width(model, problems),
-            "max_position_embeddings": model.max_position_embeddings or model.seq_length,
+            "norm": _norm(model, notices),
+            "num_kv_heads": model.num_kv_heads or model.num_attention_heads,
+            "max_position_embeddings": model.max_position_embeddings or model.seq_length + model.opt_pos_emb_offset,
             "precision": _precision(model, deepspeed, problems),
         }
     )
-    _check_heads(model, problems)
-    if model.seq_length > model.max_position_embeddings:
-        problems.add(
-            "seq_length",
-            f"{model.seq_length} is longer than max_position_embeddings {model.max_position_embeddings}; "
-            f"set max_position_embeddings: {model.seq_length}",
-        )
-    return model.model_copy(update={"attention_types": _attention_types(model, problems)})
+    _check_positions(model, problems)
+    _check_block(model, problems, notices)
+    return resolve_attention(model, problems)
 
 
 def _mlp_width(model: ModelConfig, problems: Problems) -> int:
     if model.intermediate_size and model.expansion_factor:
         problems.add("expansion_factor", "set together with intermediate_size; keep one of them")
     width = model.intermediate_size or int((model.expansion_factor or 4) * model.hidden_size)
-    return model.mlp_multiple_of * math.ceil(width / model.mlp_multiple_of)
+    model = model.model_copy(update={"intermediate_size": width})
+    if not model.mlp_inner_width:
+        key = "expansion_factor" if model.expansion_factor else "intermediate_size"
+        problems.add(
+            key, f"{getattr(model, key):g} leaves the MLP no column with activation {model.activation}; raise it"
+        )
+    return width if model.is_gated else model.mlp_inner_width
+
+
+def _norm(model: ModelConfig, notices: list[str]) -> str:
+    """The norm by its plain name; epsilons that were set for another one are announced."""
+    norm = _VENDOR_NORMS.get(model.norm, model.norm)
+    if norm != model.norm:
+        notices.append(f"norm: {model.norm} runs as {norm}, which computes the same without TransformerEngine")
+    for key, norms in _EPSILONS.items():
+        if norm not in norms and getattr(model, key) != ModelConfig.model_fields[key].default:
+            notices.append(f"{key} has no effect: norm is {norm}")
+    return norm
+
+
+def _check_positions(model: ModelConfig, problems: Problems) -> None:
+    offset, rows = model.opt_pos_emb_offset, model.max_position_embeddings
+    if model.pos_emb == "sinusoidal" and model.hidden_size % 2:
+        problems.add(
+            "hidden_size",
+            f"{model.hidden_size} is odd, and pos_emb sinusoidal needs pairs; set {model.hidden_size + 1}",
+        )
+    if offset and model.pos_emb != "learned":
+        problems.add(
+            "opt_pos_emb_offset",
+            f"{offset} shifts learned positions, and pos_emb is {model.pos_emb!r}; remove it or set pos_emb: learned",
+        )
+    elif model.seq_length + offset > rows:
+        shift = f" with opt_pos_emb_offset {offset}" if offset else ""
+        problems.add(
+            "seq_length",
+            f"{model.seq_length}{shift} is longer than max_position_embeddings {rows}; "
+            f"set max_position_embeddings: {model.seq_length + offset}",
+        )
+
+
+def _check_block(model: ModelConfig, problems: Problems, notices: list[str]) -> None:
+    if model.gpt_j_tied and not model.gpt_j_residual:
+        problems.add(
+            "gpt_j_tied",
+            "true shares the norm of two parallel branches, and gpt_j_residual is false; set gpt_j_residual: true "
+            "or remove gpt_j_tied",
+        )
+    if model.bias_gelu_fusion and model.activation != "gelu":
+        notices.append(f"bias_gelu_fusion has no effect: activation is {model.activation}, not gelu")
 
 
 def _precision(model: ModelConfig, deepspeed: DeepSpeedConfig, problems: Problems) -> str:
@@ -50,48 +101,3 @@ def _precision(model: ModelConfig, deepspeed: DeepSpeedConfig, problems: Problem
         if name != model.precision:
             problems.add(f"{key}.enabled", f"contradicts precision {model.precision!r}; set precision: {name}")
     return model.precision
-
-
-def _check_heads(model: ModelConfig, problems: Problems) -> None:
-    heads, width = model.num_attention_heads, model.hidden_size
-    if width % heads:
-        nearest = max(heads, round(width / heads) * heads)
-        problems.add("hidden_size", f"{width} is not divisible by num_attention_heads {heads}; nearest: {nearest}")
-    elif model.pos_emb == "rotary" and (model.rotary_ndims % 2 or not model.rotary_ndims):
-        pairs = min(max(1, round(model.rotary_ndims / 2)), model.head_dim // 2)
-        mend = f"rotary_pct: {2 * pairs / model.head_dim:g}" if pairs else "a head size of 2 or more"
-        problems.add(
-            "rotary_pct",
-            f"{model.rotary_pct:g} of head size {model.head_dim} is {model.rotary_ndims} dimensions, and "
-            f"rotation needs pairs; set {mend}",
-        )
-
-
-def _attention_types(model: ModelConfig, problems: Problems) -> tuple[str, ...]:
-    if model.attention_config is None:
-        return ("global",) * model.num_layers
-    types = _expand(model.attention_config, model.num_layers)
-    if types is None:
-        problems.add("attention_config", "expected a list such as [[[global], 12]] or one name for each layer")
-        return ()
-    for name in sorted(set(types) - set(_DENSE_ATTENTION)):
-        problems.add("attention_config", f"{name!r} is not supported yet; supported: {', '.join(_DENSE_ATTENTION)}")
-    if len(types) != model.num_layers:
-        problems.add("attention_config", f"describes {len(types)} layers, and num_layers is {model.num_layers}")
-    return types
-
-
-def _expand(config: tuple[Any, ...], num_layers: int) -> tuple[str, ...] | None:
-    """Spell out [[[a, b], 2], [[c], all]]: the group [a, b] twice, then c for the layers that are left."""
-    if all(isinstance(item, str) for item in config):
-        return tuple(config)
-    types: list[str] = []
-    for item in config:
-        match item:
-            case [[*names], int(repeat)] if all(isinstance(name, str) for name in names):
-                types += names * repeat
-            case [[*names], "all"] if names and all(isinstance(name, str) for name in names):
-                types += names * ((num_layers - len(types)) // len(names))
-            case _:
-                return None
-    return tuple(types)

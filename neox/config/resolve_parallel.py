@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from neox.config.deepspeed import BF16_KEYS, FP16_KEYS, FP16_LEFTOVERS, ZERO_KEYS, DeepSpeedConfig
+from neox.config.deepspeed import SECTIONS, DeepSpeedConfig
 from neox.config.keys import mismatch
 from neox.config.layouts import find_layout
 from neox.config.model import ModelConfig
@@ -15,29 +15,56 @@ _MUST_SAY_ENABLED = ("fp16", "bf16", "flops_profiler")
 
 
 def resolve_deepspeed(deepspeed: DeepSpeedConfig, problems: Problems) -> DeepSpeedConfig:
-    """Check the sections whose keys are known."""
+    """Check the names and types inside the sections, and what goes together."""
     for name in _MUST_SAY_ENABLED:
         section = getattr(deepspeed, name)
-        if section is not None:
-            wrong = mismatch(section.get("enabled"), bool)
-            if wrong:
-                problems.add(f"{name}.enabled", wrong)
-    _check_names("zero_optimization", deepspeed.zero_optimization, ZERO_KEYS, problems)
-    _check_names("fp16", deepspeed.fp16, FP16_KEYS | FP16_LEFTOVERS, problems)
-    _check_names("bf16", deepspeed.bf16, BF16_KEYS, problems)
+        if section is not None and "enabled" not in section:
+            problems.add(f"{name}.enabled", mismatch(None, bool))
+    for place, kinds in SECTIONS.items():
+        name, _, inner = place.partition(".")
+        section = getattr(deepspeed, name) or {}
+        _check_section(place, section.get(inner) if inner else section, kinds, problems)
     kind = (deepspeed.fp16 or {}).get("type", "fp16")
     if kind not in ("fp16", "float16"):
         problems.add(
             "fp16.type",
             f"{kind!r} contradicts fp16, which is what runs; for bf16 set bf16: {{enabled: true}}",
         )
+    _check_zero_extensions(deepspeed, problems)
     return deepspeed
 
 
-def _check_names(name: str, section: dict[str, Any] | None, known: frozenset[str], problems: Problems) -> None:
-    for key in section or {}:
-        if key not in known:
-            problems.add(f"{name}.{key}", f"unknown key{did_you_mean(str(key), sorted(known)) or '; remove it'}")
+def _check_section(place: str, section: Any, kinds: dict[str, Any], problems: Problems) -> None:
+    if not isinstance(section, dict):
+        return  # absent, or a wrong type that the section around it tells
+    for key, value in section.items():
+        if key not in kinds:
+            problems.add(f"{place}.{key}", f"unknown key{did_you_mean(str(key), sorted(kinds)) or '; remove it'}")
+        elif kinds[key] is not Any and value is not None and (wrong := mismatch(value, kinds[key])):
+            problems.add(f"{place}.{key}", wrong)
+
+
+def _check_zero_extensions(deepspeed: DeepSpeedConfig, problems: Problems) -> None:
+    """Check what DeepSpeed has at some ZeRO stages only."""
+    zero = deepspeed.zero_optimization or {}
+    stage = zero.get("stage", 0)
+    for key in ("offload_param", "cpu_offload_param"):
+        if stage != 3 and offloads(zero.get(key)):
+            problems.add(f"zero_optimization.{key}", f"needs stage 3, got {stage!r}; set stage: 3, or remove it")
+    for key in ("offload_optimizer", "cpu_offload"):
+        if stage == 0 and offloads(zero.get(key)):
+            problems.add(f"zero_optimization.{key}", "needs stage 1, 2 or 3, got 0; set stage: 1, or remove it")
+    for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
+        if stage != 3 and zero.get(key):
+            problems.add(f"zero_optimization.{key}", f"needs stage 3, got {stage!r}; set stage: 3, or remove it")
+    if stage != 3 and zero.get("zero_hpz_partition_size", 1) != 1:
+        key = "zero_optimization.zero_hpz_partition_size"
+        problems.add(key, f"needs stage 3, got {stage!r}; set stage: 3, or remove it")
+
+
+def offloads(section: Any) -> bool:
+    """Whether a value of offload_optimizer, offload_param, or of their retired spellings, asks for anything."""
+    return section.get("device", "none") != "none" if isinstance(section, dict) else section is True
 
 
 def resolve_parallel(
@@ -53,6 +80,7 @@ def resolve_parallel(
     _check_divisions(parallel, model, problems)
     _check_stages(parallel, model, problems)
     _check_tied_ends(parallel, model, deepspeed, problems)
+    _check_secondary_partition(parallel, deepspeed, world_size, problems)
     return parallel.model_copy(
         update={
             "world_size": world_size,
@@ -66,12 +94,19 @@ def resolve_parallel(
 
 def _check_divisions(parallel: ParallelConfig, model: ModelConfig, problems: Problems) -> None:
     size = parallel.model_parallel_size
-    divided = {"num_attention_heads": model.num_attention_heads, "intermediate_size": model.intermediate_size}
+    divided = {"num_attention_heads": model.num_attention_heads}
+    if model.is_grouped:
+        divided["num_kv_heads"] = model.num_kv_heads
     if parallel.sequence_parallel:
         divided["seq_length"] = model.seq_length
     for name, value in divided.items():
         if value % size:
             problems.add(name, f"{value} is not divisible by model_parallel_size {size}; change one of them")
+    width = model.mlp_inner_width
+    if width % size:
+        gives = f"{model.intermediate_size} gives an inner width of {width}, which"
+        what = gives if model.is_gated else f"{width}"
+        problems.add("intermediate_size", f"{what} is not divisible by model_parallel_size {size}; change one of them")
 
 
 def _check_stages(parallel: ParallelConfig, model: ModelConfig, problems: Problems) -> None:
@@ -96,9 +131,8 @@ def _check_tied_ends(
     if parallel.pipeline_stages < 2 or model.no_weight_tying or model.precision == "fp32":
         return
     zero = deepspeed.zero_optimization or {}
-    offloads = bool(zero.get("cpu_offload")) or (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
     accumulates_in = (deepspeed.data_types or {}).get("grad_accum_dtype")
-    if model.precision == "bfloat16" and offloads:
+    if model.precision == "bfloat16" and (offloads(zero.get("cpu_offload")) or offloads(zero.get("offload_optimizer"))):
         problems.add(
             "zero_optimization.offload_optimizer", "breaks a tied embedding in a bf16 pipeline; set no_weight_tying"
         )
@@ -106,6 +140,20 @@ def _check_tied_ends(
         problems.add("data_types.grad_accum_dtype", "breaks a tied embedding in an fp16 pipeline; remove it")
     if model.precision == "bfloat16" and accumulates_in not in (None, "fp32"):
         problems.add("data_types.grad_accum_dtype", "breaks a tied embedding in a bf16 pipeline; remove it")
+
+
+def _check_secondary_partition(
+    parallel: ParallelConfig, deepspeed: DeepSpeedConfig, world_size: int | None, problems: Problems
+) -> None:
+    """Refuse ZeRO++'s groups where DeepSpeed 0.19.8 makes them of ranks that hold different tensors."""
+    size = (deepspeed.zero_optimization or {}).get("zero_hpz_partition_size", 1)
+    key = "zero_optimization.zero_hpz_partition_size"
+    if mismatch(size, int) or size == 1:
+        return
+    if size < 1 or (world_size is not None and world_size % size):
+        problems.add(key, f"{size} does not divide {world_size or 'any number of'} processes; set a divisor")
+    if parallel.model_parallel_size > 1:
+        problems.add(key, f"{size} needs model_parallel_size 1, got {parallel.model_parallel_size}; remove one of them")
 
 
 def _data_parallel_size(parallel: ParallelConfig, world_size: int | None, problems: Problems) -> int | None:
@@ -138,10 +186,9 @@ def _zero_stage(
     layout = find_layout(pipeline_stages=parallel.pipeline_stages, zero_stage=int(asked), precision=model.precision)
     if layout.refusal:
         problems.add("zero_optimization.stage", layout.refusal.format(stage=asked))
-    if deepspeed.fp32_allreduce and parallel.model_parallel_size > 1:
-        problems.add(
-            "fp32_allreduce",
-            "not supported yet with model_parallel_size above 1, where it covers tensor-parallel sums too; remove it",
+    if deepspeed.fp32_allreduce and parallel.model_parallel_size > 1 and model.precision != "fp32":
+        notices.append(
+            f"fp32_allreduce: gradients are reduced in fp32; sums over tensor ranks stay in {model.precision}"
         )
     if layout.runs_as is None or layout.runs_as == asked:
         return int(asked)
@@ -165,10 +212,12 @@ def resolve_batch(batch: BatchConfig, parallel: ParallelConfig, problems: Proble
     if total % unit or (not unknown and total != unit):
         problems.add("train_batch_size", _batch_message(total, micro=micro, steps=steps, ranks=ranks))
         return batch
-    return BatchConfig(
-        train_batch_size=total,
-        train_micro_batch_size_per_gpu=total // unit if unknown == "micro" else micro,
-        gradient_accumulation_steps=total // unit if unknown == "steps" else steps,
+    return batch.model_copy(
+        update={
+            "train_batch_size": total,
+            "train_micro_batch_size_per_gpu": total // unit if unknown == "micro" else micro,
+            "gradient_accumulation_steps": total // unit if unknown == "steps" else steps,
+        }
     )
 
 

@@ -1,91 +1,11 @@
-"""Rules of training: optimizer, schedule, data, length of the run, checkpoints."""
+"""Rules of training: data, length of the run, checkpoints."""
 
 import math
 import re
-from typing import Any
 
 from neox.config.data import DataConfig
-from neox.config.keys import mismatch, number
-from neox.config.optimization import OptimizerConfig, ScheduleConfig
-from neox.config.problems import Problems, did_you_mean
+from neox.config.problems import Problems
 from neox.config.training import CheckpointConfig, TrainingConfig
-
-DEFAULT_LR = 1e-3
-_ADAM = {"betas": [0.9, 0.999], "eps": 1e-8}
-_DEFAULTS: dict[str, dict[str, Any]] = {"adam": _ADAM, "adamw": _ADAM, "sgd": {"momentum": 0.0}}
-_FIXED = {"adam_w_mode": True, "bias_correction": True, "amsgrad": False, "torch_adam": True}
-"""Arguments of DeepSpeed's Adam that have one supported value here."""
-
-
-def resolve_optimizer(optimizer: OptimizerConfig, problems: Problems, notices: list[str]) -> OptimizerConfig:
-    """Fill in the optimizer's arguments and move lr and weight_decay out of them."""
-    is_given = bool({"type", "params"} & optimizer.model_fields_set)
-    if not is_given:
-        return optimizer
-    if "type" not in optimizer.model_fields_set:
-        problems.add("optimizer", "has no type; add type: Adam")
-    params = {**_DEFAULTS[optimizer.type], **_checked_params(optimizer, problems)}
-    if "lr" not in params:
-        notices.append(f"optimizer.params.lr is not set: {DEFAULT_LR:g} is used")
-    weight_decay = params.pop("weight_decay", optimizer.weight_decay)
-    if "weight_decay" in optimizer.model_fields_set and weight_decay != optimizer.weight_decay:
-        problems.add("optimizer.params.weight_decay", f"contradicts weight_decay {optimizer.weight_decay}; remove it")
-    return optimizer.model_copy(
-        update={
-            "lr": params.pop("lr", DEFAULT_LR),
-            "params": params,
-            "weight_decay": weight_decay,
-            "is_given": True,
-        }
-    )
-
-
-def _checked_params(optimizer: OptimizerConfig, problems: Problems) -> dict[str, Any]:
-    checked: dict[str, Any] = {}
-    known = {"lr", "weight_decay", *_DEFAULTS[optimizer.type]}
-    fixed = _FIXED if optimizer.type != "sgd" else {}
-    for name, value in optimizer.params.items():
-        key = f"optimizer.params.{name}"
-        if name in fixed:
-            if value != fixed[name]:
-                problems.add(key, f"{value!r} is not supported yet; remove it")
-        elif name not in known:
-            problems.add(key, f"unknown argument of {optimizer.type}{did_you_mean(name, known) or '; remove it'}")
-        elif wrong := _wrong_betas(value) if name == "betas" else _wrong_amount(name, value):
-            problems.add(key, wrong)
-        else:
-            checked[name] = [float(number(beta)) for beta in value] if name == "betas" else float(number(value))
-    return checked
-
-
-def _wrong_betas(value: Any) -> str:
-    if not isinstance(value, list | tuple) or len(value) != 2 or any(mismatch(beta, float) for beta in value):
-        return f"expected two numbers such as [0.9, 0.95], got {value!r}"
-    return "" if all(0 <= number(beta) < 1 for beta in value) else f"expected numbers from 0 to below 1, got {value!r}"
-
-
-def _wrong_amount(name: str, value: Any) -> str:
-    wrong = mismatch(value, float)
-    if wrong:
-        return wrong
-    amount = number(value)
-    if not math.isfinite(amount) or amount < 0:
-        return f"expected a finite number, at least 0, got {value!r}"
-    return f"expected less than 1, got {value!r}" if name == "momentum" and amount >= 1 else ""
-
-
-def resolve_schedule(
-    schedule: ScheduleConfig, training: TrainingConfig, optimizer: OptimizerConfig, problems: Problems
-) -> ScheduleConfig:
-    """Find the decay horizon: lr_decay_iters, else train_iters x lr_decay_fraction, else train_iters."""
-    if optimizer.is_given and schedule.min_lr > optimizer.lr:
-        problems.add("min_lr", f"{schedule.min_lr:g} is above optimizer.params.lr {optimizer.lr:g}; lower it")
-    if schedule.override_lr_scheduler and schedule.use_checkpoint_lr_scheduler:
-        problems.add("override_lr_scheduler", "contradicts use_checkpoint_lr_scheduler; keep one of them")
-    if schedule.lr_decay_iters or training.train_iters is None:
-        return schedule
-    fraction = 1.0 if schedule.lr_decay_fraction is None else schedule.lr_decay_fraction
-    return schedule.model_copy(update={"lr_decay_iters": math.floor(training.train_iters * fraction)})
 
 
 def resolve_training(training: TrainingConfig, data: DataConfig, problems: Problems) -> TrainingConfig:

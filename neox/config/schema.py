@@ -8,13 +8,14 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from neox.config import data, deepspeed, generation, launch, logging, model, optimization, parallel, training
+from neox.config import data, deepspeed, generation, launch, logging, lora, model, optimization, parallel, training
 from neox.config.data import DataConfig, TokenizerConfig
 from neox.config.deepspeed import DeepSpeedConfig
 from neox.config.generation import EvaluationConfig, GenerationConfig
 from neox.config.keys import Key, Section, Status
 from neox.config.launch import LaunchConfig
 from neox.config.logging import LoggingConfig
+from neox.config.lora import LoraConfig
 from neox.config.model import ModelConfig
 from neox.config.optimization import BatchConfig, OptimizerConfig, ScheduleConfig
 from neox.config.parallel import ParallelConfig
@@ -36,10 +37,11 @@ SECTIONS: MappingProxyType[str, type[Section]] = MappingProxyType(
         "evaluation": EvaluationConfig,
         "launch": LaunchConfig,
         "deepspeed": DeepSpeedConfig,
+        "lora": LoraConfig,
     }
 )
 
-_TOPICS = (model, parallel, optimization, data, training, logging, generation, launch, deepspeed)
+_TOPICS = (model, parallel, optimization, data, training, logging, generation, launch, deepspeed, lora)
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,16 @@ class Place:
         extra = self.info.json_schema_extra
         assert isinstance(extra, dict), f"the field {self.field} is declared without setting()"
         return extra
+
+    @property
+    def default(self) -> Any:
+        """Value when the key is absent; None for a required one."""
+        return None if self.info.is_required() else self.info.default
+
+    @property
+    def rule(self) -> str:
+        """How the value is derived, or what it is bound to."""
+        return str(self.extra["rule"])
 
     @property
     def bounded_above_zero(self) -> bool:

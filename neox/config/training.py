@@ -1,6 +1,6 @@
 """The training loop and its checkpoints."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
@@ -24,17 +24,33 @@ Amount = Annotated[int | float, BeforeValidator(number), BeforeValidator(whole_n
 class TrainingConfig(Section):
     """How long to train, and what happens on the way."""
 
-    train_iters: Int | None = setting(None, "Optimizer steps of the run.", ge=0)
-    train_epochs: Int | None = setting(None, "Passes over the data, instead of train_iters.", gt=0)
+    train_iters: Int | None = setting(None, "Optimizer steps of the run.", ge=0, rule="Not together with train_epochs.")
+    train_epochs: Int | None = setting(
+        None,
+        "Passes over the data, instead of train_iters.",
+        gt=0,
+        rule="train_iters is the batches of the data times the epochs; needs pack_impl packed and equal weights.",
+    )
     eval_interval: Int = setting(1000, "Iterations between evaluations.", gt=0)
-    eval_iters: Int = setting(100, "Batches of one evaluation.", ge=0)
-    exit_interval: Int | None = setting(None, "Stop at the next multiple of this iteration.", gt=0)
+    eval_iters: Int = setting(100, "Batches of one evaluation.", ge=0, rule="0 turns do_valid and do_test off.")
+    exit_interval: Int | None = setting(
+        None, "Stop at the next multiple of this iteration.", gt=0, rule="A checkpoint is saved first."
+    )
     seed: Int = setting(1234, "Seed of weights, dropout and data order.", gt=0)
     checkpoint_activations: bool = setting(False, "Recompute activations in the backward pass.")
-    checkpoint_num_layers: Int = setting(1, "Layers of one recomputed segment.", gt=0)
+    checkpoint_in_cpu: bool = setting(False, "Keep the inputs of recomputed segments in the host's memory.")
+    checkpoint_num_layers: Int = setting(
+        1, "Layers of one recomputed segment.", gt=0, rule="Used with checkpoint_activations."
+    )
     do_train: bool = setting(True, "Train at all.")
     do_valid: bool = setting(True, "Evaluate on validation data; absent: when eval_iters is above 0.")
     do_test: bool = setting(True, "Evaluate on test data at the end; absent: when eval_iters is above 0.")
+    curriculum_learning: dict[str, Any] | None = setting(
+        None,
+        "Growing length of training sequences: enabled, curriculum_type seqlen, min_difficulty and max_difficulty in "
+        "tokens, schedule_type fixed_linear, fixed_root or fixed_discrete, and its schedule_config.",
+        rule="Each sample is cut to the length of the step: as many samples are consumed as without it.",
+    )
     char_level_ppl: bool = setting(False, "Report perplexity per character too.")
     distributed_backend: Annotated[Literal["nccl", "gloo"], Lower] = setting(
         "nccl", "Communication library; without CUDA it is always gloo."
@@ -44,34 +60,44 @@ class TrainingConfig(Section):
 class CheckpointConfig(Section):
     """What is saved when, and what is loaded."""
 
-    save: str | None = setting(None, "Folder that checkpoints are written to.")
+    save: str | None = setting(
+        None, "Folder that checkpoints are written to.", rule="Needs checkpoint_factor or extra_save_iters."
+    )
     load: str | None = setting(None, "Folder that a checkpoint is read from.")
     iteration: Int | None = setting(None, "Iteration to load; absent: the latest.", ge=0)
     checkpoint_scale: Annotated[Literal["linear", "log"], Lower] = setting(
         "linear", "Save every checkpoint_factor iterations, or at its powers."
     )
-    checkpoint_factor: Amount | None = setting(None, "Iterations between checkpoints, or the ratio of two.", gt=0)
+    checkpoint_factor: Amount | None = setting(
+        None,
+        "Iterations between checkpoints, or the ratio of two.",
+        gt=0,
+        rule="A whole number when checkpoint_scale is linear, above 1 when log.",
+    )
     extra_save_iters: Ints = setting((), "Further iterations to save; 0 is before the first step.")
     keep_last_n_checkpoints: Int | None = setting(None, "Delete all but the latest n.", gt=0)
     no_save_optim: bool = setting(False, "Do not save the optimizer.")
     no_save_rng: bool = setting(False, "Do not save the state of random numbers.")
     no_load_optim: bool = setting(False, "Do not load the optimizer.")
     no_load_rng: bool = setting(False, "Do not load the state of random numbers.")
-    finetune: bool = setting(False, "Load the weights only, and start at iteration 0.")
+    finetune: bool = setting(
+        False,
+        "Load the weights only, and start at iteration 0.",
+        rule="Turns off what no_load_optim and no_load_rng turn off, and the saved schedule.",
+    )
 
 
 OTHER_KEYS = (
-    no_effect("partition_activations", bool, False, "Share recomputed inputs among tensor ranks.", announce=True),
-    no_effect("contiguous_checkpointing", bool, False, "Recompute from contiguous buffers.", announce=True),
-    no_effect("synchronize_each_layer", bool, False, "Synchronise the device around segments.", announce=True),
+    no_effect("partition_activations", bool, False, "Share recomputed inputs among tensor ranks."),
+    no_effect("contiguous_checkpointing", bool, False, "Recompute from contiguous buffers."),
+    no_effect("synchronize_each_layer", bool, False, "Synchronise the device around segments."),
     dead("deepspeed_activation_checkpointing", bool, True, "Recompute by DeepSpeed."),
     dead("short_seq_prob", float, 0.1, "A setting of BERT."),
     dead("adlr_autoresume", bool, False, "A hook of one cluster."),
     dead("adlr_autoresume_interval", int, 1000, "A hook of one cluster."),
     internal("adlr_autoresume_object", str, "A hook of one cluster.", instead="leave it out"),
     internal("config_files", dict, "Texts of the files.", instead="leave it out: checkpoints hold them anyway"),
-    not_yet("checkpoint_in_cpu", bool, False, "Keep recomputed inputs on the CPU."),
-    not_yet("profile_backward", bool, False, "Time the recomputed backward pass."),
+    no_effect("profile_backward", bool, False, "Time the recomputed backward pass; profile: true shows it."),
     not_yet("s3_path", str, None, "Upload checkpoints."),
     not_yet("s3_chunk_size", int, 104857600, "Bytes of an uploaded part."),
     not_yet("checkpoint_validation_with_forward_pass", bool, False, "Check a checkpoint by a forward pass."),

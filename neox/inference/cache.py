@@ -19,13 +19,15 @@ class KeyValueCache:
     def append(self, k_BSNH: torch.Tensor, v_BSNH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store new keys and values; return all of them, [B, K, N, H] each (views of the cache)."""
         if self._keys is None or self._values is None:
-            # The first tokens tell what a rank cannot know from the configuration: its share of the heads.
-            batch, _, heads, head_dim = k_BSNH.shape
-            self._keys = k_BSNH.new_empty(batch, self.capacity, heads, head_dim)
-            self._values = v_BSNH.new_empty(batch, self.capacity, heads, head_dim)
+            # The first tokens tell what a rank cannot know from the configuration: its share of the heads. Keys may
+            # have more than values, where they are normalised by the parameters of each query head.
+            self._keys, self._values = (self._room(x) for x in (k_BSNH, v_BSNH))
         end = self.length + k_BSNH.shape[1]
         assert end <= self.capacity, f"the cache holds {self.capacity} tokens, not {end}"
         self._keys[:, self.length : end] = k_BSNH
         self._values[:, self.length : end] = v_BSNH
         self.length = end
         return self._keys[:, :end], self._values[:, :end]
+
+    def _room(self, x_BSNH: torch.Tensor) -> torch.Tensor:
+        return x_BSNH.new_empty(x_BSNH.shape[0], self.capacity, *x_BSNH.shape[2:])

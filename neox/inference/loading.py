@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from neox.checkpoint.lora import merged
 from neox.checkpoint.open import open_checkpoint
 from neox.checkpoint.weights import WeightReader
 from neox.config import Config
@@ -13,18 +14,19 @@ from neox.parallel.mesh import Mesh
 
 
 def open_model(config: Config) -> WeightReader:
-    """Open the checkpoint that `load` (and `iteration`) name, of any format.
+    """Open the checkpoint that `load` (and `iteration`) name, of any format, with LoRA's factors merged.
 
     Raises:
         CheckpointError: `load` is not set, or there is no checkpoint.
     """
     if config.checkpoint.load is None:
         raise CheckpointError("load: not set, so there is no model; add load=FOLDER, the `save` of the training run")
-    return open_checkpoint(
+    reader = open_checkpoint(
         Path(config.checkpoint.load),
         config.checkpoint.iteration,
         gpt_j_residual=config.model.gpt_j_residual,
     )
+    return merged(reader)
 
 
 def load_model(config: Config, mesh: Mesh) -> tuple[Decoder, Tokenizer]:

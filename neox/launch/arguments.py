@@ -2,11 +2,11 @@
 
 import argparse
 import json
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NoReturn
 
+from neox.config import Config, load_config, resolve_config_paths, split_overrides
 from neox.errors import LaunchError
 
 Script = Literal["train", "generate", "evaluate"]
@@ -20,11 +20,29 @@ class Arguments:
         files: configuration files in the order given, as typed (`load_config` adds folder and extension).
         overrides: `key=value` strings that outrank the files; values are YAML.
         config_dir: folder that holds the files (`-d`), or None.
+        override_files: files whose keys replace those of `files` (`--override`).
     """
 
     files: list[str]
     overrides: list[str]
     config_dir: str | None
+    override_files: list[str] = field(default_factory=list)
+
+    def load(self, *, world_size: int | None = None) -> Config:
+        """Read and resolve the configuration.
+
+        Args:
+            world_size: number of processes; None before it is known.
+
+        Raises:
+            ConfigError: with one line for each mistake.
+        """
+        return load_config(
+            resolve_config_paths(self.files, self.config_dir),
+            overrides=self.overrides,
+            override_files=resolve_config_paths(self.override_files, self.config_dir),
+            world_size=world_size,
+        )
 
 
 def parse_arguments(script: Script, argv: Sequence[str]) -> Arguments:
@@ -36,23 +54,18 @@ def parse_arguments(script: Script, argv: Sequence[str]) -> Arguments:
     parser = _build_parser(script)
     options = vars(parser.parse_intermixed_args(list(argv)))
     positionals, config_dir = options.pop("config"), options.pop("conf_dir")
-    files = [text for text in positionals if not _is_override(text)]
+    override_files = options.pop("override") or []
+    files, overrides = split_overrides(positionals)
     if not files:
         raise LaunchError(f"{script}.py: no configuration file given; example: {_EXAMPLES[script][0][1]}")
     # json.dumps gives YAML that keeps a text a text, whatever it looks like.
     flags = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
-    return Arguments(files, [text for text in positionals if _is_override(text)] + flags, config_dir)
+    return Arguments(files, overrides + flags, config_dir, override_files)
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise LaunchError(f"{self.prog}: {message}; see {self.prog} --help")
-
-
-def _is_override(text: str) -> bool:
-    # `configs/lr=3e-4.yml` and `lr.yml=x` are files: a key has neither a slash nor a YAML extension.
-    key, equals, _ = text.partition("=")
-    return bool(equals) and re.fullmatch(r"[A-Za-z_][\w.-]*", key) is not None and not re.search(r"\.ya?ml", key)
 
 
 def _build_parser(script: Script) -> argparse.ArgumentParser:
@@ -70,6 +83,9 @@ def _build_parser(script: Script) -> argparse.ArgumentParser:
         help="YAML files (.yml may be left out), then overrides",
     )
     parser.add_argument("-d", "--conf_dir", metavar="DIR", help="folder of the configuration files")
+    parser.add_argument(
+        "--override", action="append", metavar="FILE", help="a YAML file whose keys replace those of the others"
+    )
     parser.add_argument("-H", "--hostfile", metavar="FILE", help="hosts for the deepspeed launcher")
     parser.add_argument("--iteration", type=int, metavar="N", help="checkpoint to load; default: the latest")
     {"train": _add_train, "generate": _add_generate, "evaluate": _add_evaluate}[script](parser)
@@ -77,6 +93,7 @@ def _build_parser(script: Script) -> argparse.ArgumentParser:
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--autotuning", dest="autotuning_run", choices=("tune", "run"), help=argparse.SUPPRESS)
     parser.add_argument("--wandb_group", metavar="NAME", help="Weights & Biases group")
     parser.add_argument("--wandb_team", metavar="NAME", help="Weights & Biases team")
 
@@ -109,6 +126,7 @@ _EXAMPLES = {
         ("this machine", "python train.py configs/pythia/160M.yml configs/local_setup.yml"),
         ("upstream's spelling", "python train.py -d configs pythia/160M local_setup"),
         ("overrides", "python train.py configs/small.yml train_iters=100 optimizer.params.lr=3e-4"),
+        ("a file of overrides", "python train.py configs/small.yml configs/local_setup.yml --override mine.yml"),
     ],
     "generate": [
         (

@@ -4,10 +4,11 @@ import fcntl
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from neox.errors import UserError
+from neox.launch.environment import Placement
 
 ERROR_LOCK = "NEOX_ERROR_LOCK"  # path of a file shared by the workers of one host
 
@@ -30,6 +31,14 @@ def report_user_error(error: UserError, *, environ: Mapping[str, str] | None = N
     else:
         time.sleep(_LAUNCHER_REACTION_SECONDS)
         _print(f"[rank {environ.get('RANK', '?')}] {error}")
+
+
+def print_notices(lines: Iterable[str], placement: Placement | None) -> None:
+    """Write lines to stderr once for a run: in the process that starts the workers, else in rank 0."""
+    started_by_us = placement is not None and placement.launcher == "local"
+    if placement is None or (placement.rank == 0 and not started_by_us):
+        for line in lines:
+            _print(line)
 
 
 def _print_if_first(message: str, lock_path: str) -> None:

@@ -6,12 +6,13 @@ from functools import partial
 import torch
 from torch import nn
 
-from neox.config import Config, ModelConfig
+from neox.config import Config, LoraConfig, ModelConfig
 from neox.model.init import initial_tensor
 from neox.model.layers import EMBEDDING_INDEX, Decoder, LayerSpec, layer_list
+from neox.model.lora import add_factors, with_fresh_factors
 from neox.model.positions import RotaryEmbedding
 from neox.parallel.mesh import Mesh
-from neox.parallel.splits import split_dimension, take_shard
+from neox.parallel.splits import row_groups, split_dimension, take_shard
 
 WeightSource = Callable[[str, torch.Size], torch.Tensor]
 """Gives the whole logical tensor of a canonical name and shape, on the CPU, in any floating dtype."""
@@ -22,17 +23,20 @@ SINGLE = Mesh()
 
 def fresh_weights(config: Config) -> WeightSource:
     """Initial weights of a run, the same at every layout."""
-    return partial(initial_tensor, config=config.model, seed=config.training.seed)
+    weights = partial(initial_tensor, config=config.model, seed=config.training.seed)
+    return with_fresh_factors(weights, seed=config.training.seed)
 
 
 def build_layer(
     spec: LayerSpec,
     *,
+    model: ModelConfig,
     source: WeightSource,
     mesh: Mesh = SINGLE,
     sequence_parallel: bool = False,
     dtype: torch.dtype = torch.float32,
     tied: bool = False,
+    lora: LoraConfig | None = None,
 ) -> nn.Module:
     """Make one layer on `mesh.device`, this rank's share of it, with weights from `source`.
 
@@ -46,22 +50,25 @@ def build_layer(
             from neox.parallel.tensor import split_layer
 
             split_layer(layer, mesh, sequence_parallel=sequence_parallel, dtype=dtype)
+        if lora is not None:
+            shapes |= add_factors(layer, lora, shapes=shapes, mesh=mesh, sequence_parallel=sequence_parallel)
     layer.to(dtype).to_empty(device=mesh.device)
     for name, parameter in layer.named_parameters():
         canonical = canonical_name(spec, name, tied=tied)
         whole = source(canonical, shapes[name])
-        shard = take_shard(canonical, whole, rank=mesh.tensor_rank, size=mesh.tensor_size)
+        groups = row_groups(canonical, model)
+        shard = take_shard(canonical, whole, rank=mesh.tensor_rank, size=mesh.tensor_size, groups=groups)
         with torch.no_grad():
             parameter.copy_(shard)
-        label_parameter(parameter, canonical, shapes[name], mesh)
+        label_parameter(parameter, canonical, shapes[name], groups, mesh)
     for module in layer.modules():
         if isinstance(module, RotaryEmbedding):
             module.reset_buffers(mesh.device)
     layer.to(dtype)
-    if sequence_parallel and mesh.tensor_size > 1:
-        from neox.parallel.tensor import sum_gradients_over_sequence
+    if mesh.tensor_size > 1:
+        from neox.parallel.tensor import sum_partial_gradients
 
-        sum_gradients_over_sequence(layer, mesh)
+        sum_partial_gradients(layer, mesh, sequence_parallel=sequence_parallel)
     return layer
 
 
@@ -69,11 +76,13 @@ def layer_builder(config: Config, mesh: Mesh, source: WeightSource) -> Callable[
     """`build_layer` for the layers of a run on this rank."""
     return partial(
         build_layer,
+        model=config.model,
         source=source,
         mesh=mesh,
         sequence_parallel=config.parallel.sequence_parallel,
         dtype=DTYPES[config.model.precision],
         tied=not config.model.no_weight_tying,
+        lora=config.lora if config.lora.is_on else None,
     )
 
 
@@ -84,14 +93,15 @@ def canonical_name(spec: LayerSpec, name: str, *, tied: bool) -> str:
     return f"layers.{spec.disk_index}.{name}"
 
 
-def label_parameter(parameter: nn.Parameter, name: str, shape: torch.Size, mesh: Mesh) -> None:
+def label_parameter(parameter: nn.Parameter, name: str, shape: torch.Size, groups: tuple[int, ...], mesh: Mesh) -> None:
     """Write on a parameter what must be known of it whatever engine later renames it.
 
-    That is its canonical name, its whole shape, and `tensor_model_parallel`, by which DeepSpeed counts every
-    part of a gradient's norm once.
+    That is its canonical name, its whole shape, the groups of its rows (see `row_groups`), and
+    `tensor_model_parallel`, by which DeepSpeed counts every part of a gradient's norm once.
     """
     parameter.canonical_name = name  # type: ignore[attr-defined]
     parameter.whole_shape = shape  # type: ignore[attr-defined]
+    parameter.row_groups = groups  # type: ignore[attr-defined]
     sharded = mesh.tensor_size > 1 and split_dimension(name) is not None
     parameter.tensor_model_parallel = sharded  # type: ignore[attr-defined]
 
@@ -108,6 +118,7 @@ def build_decoder(
     layers = [
         build_layer(
             spec,
+            model=config,
             source=source,
             mesh=mesh,
             sequence_parallel=sequence_parallel,

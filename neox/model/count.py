@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from neox.config import ModelConfig
 from neox.model.build import meta_decoder
-from neox.model.layers import EMBEDDING_INDEX, canonical_parameters
+from neox.model.layers import canonical_parameters
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,10 @@ class ParameterCount:
 def count_parameters(config: ModelConfig) -> ParameterCount:
     """Count exactly, on the meta device; `padded_vocab_size` must be resolved."""
     per_layer: dict[int, int] = {}
+    non_embedding = 0
     for name, parameter in canonical_parameters(meta_decoder(config)).items():
-        index = int(name.split(".")[1])
-        per_layer[index] = per_layer.get(index, 0) + parameter.numel()
-    total = sum(per_layer.values())
-    head = per_layer.get(config.num_layers + 4, 0)
-    return ParameterCount(total, total - per_layer[EMBEDDING_INDEX] - head, per_layer)
+        _, index, module = name.split(".", 2)
+        per_layer[int(index)] = per_layer.get(int(index), 0) + parameter.numel()
+        if not module.startswith(("word_embeddings", "position_embeddings", "final_linear")):
+            non_embedding += parameter.numel()
+    return ParameterCount(sum(per_layer.values()), non_embedding, per_layer)

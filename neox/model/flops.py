@@ -2,16 +2,19 @@
 
 What is counted: every multiplication and addition of every matrix product, 2 m n k for [m, k] x [k, n], at
 the vocabulary size that is really computed (padded). What is not: embedding look-ups (no product), biases,
-norms, activations, softmax, rotary embedding, dropout, the optimizer; together below 1% at any useful
-width. Per token and block, with D hidden, F feed-forward, A keys that a query attends to on average:
+norms, activations, softmax, position encodings, dropout, LoRA's factors, the optimizer; together below 1% at any
+useful width. Per token and block, with D hidden, Q the rows of the fused projection (3D, or fewer where groups of
+heads share keys and values), F the inner width of the MLP, G 1 or for a gated MLP 2, A keys that a query attends
+to on average:
 
-    query_key_value   2 D 3D        scores q k^T      2 A D        linear1   2 D F
+    query_key_value   2 D Q         scores q k^T      2 A D        linear1   2 D G F
     dense             2 D D         weighted values   2 A D        linear2   2 F D
 
-and 2 D V for the head. A is S for full attention (what a kernel without causal skipping computes, and the
-usual definition of model FLOPs in papers) and (S + 1) / 2 for causal attention (what the model needs). The
-backward pass takes two products for each forward one, by the inputs and by the weights: twice the forward
-FLOPs.
+and 2 D V for the head. Shared keys and values do not change the work of attention: each query head still meets
+all its keys. A is S for full attention (what a kernel without causal skipping computes, and the usual definition
+of model FLOPs in papers) and (S + 1) / 2 for causal attention (what the model needs). Where a sliding window lets
+a query see W < S keys, its own included, they are W, and W (1 - (W - 1) / 2S). The backward pass takes two products
+for each forward one, by the inputs and by the weights: twice the forward FLOPs.
 """
 
 from dataclasses import dataclass
@@ -61,11 +64,25 @@ def flops_per_token(config: "ModelConfig", *, causal: bool) -> TokenFlops:
         causal: count only the keys that a causal query sees, (S + 1) / 2 on average, instead of all S.
     """
     assert config.padded_vocab_size is not None, "the vocabulary must be resolved before FLOPs are counted"
-    hidden, feed_forward = config.hidden_size, config.intermediate_size
-    keys = (config.seq_length + 1) / 2 if causal else config.seq_length
-    linears = 2 * hidden * (3 * hidden + hidden + 2 * feed_forward)
+    hidden = config.hidden_size
+    before = config.sliding_window_width
+    keys = keys_per_query(config.seq_length, window=None if before is None else before + 1, causal=causal)
+    linears = 2 * hidden * (config.qkv_width + hidden + config.linear1_width + config.mlp_inner_width)
     attention = 2 * keys * hidden + 2 * keys * hidden
     return TokenFlops(
         blocks=float(config.num_layers * (linears + attention)),
         head=float(2 * hidden * config.padded_vocab_size),
     )
+
+
+def keys_per_query(length: int, *, window: int | None, causal: bool) -> float:
+    """Average number of keys of a query in a sequence of `length` tokens, itself included.
+
+    Args:
+        length: tokens of the sequence.
+        window: keys that a query sees at most, its own included; None means all.
+        causal: leave out the keys after each query, instead of counting as many for every query as the last one sees.
+    """
+    width = min(length, window or length)
+    # The first `width` queries see 1, 2, ... keys, the others `width` each.
+    return (width * (width + 1) / 2 + (length - width) * width) / length if causal else width

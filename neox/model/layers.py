@@ -2,20 +2,24 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from neox.config import ModelConfig
-from neox.model.attention import PLAIN, AttentionContext
+from neox.model.attention import PLAIN, AttentionContext, with_shared_mask
 from neox.model.block import TransformerBlock
 from neox.model.embedding import Embedding
 from neox.model.head import OutputHead
 from neox.model.loss import Targets
+from neox.model.norms import build_norm
 
 EMBEDDING_INDEX = 0
+Contexts = AttentionContext | Sequence[AttentionContext] | None
+_InContext = Sequence[tuple[TransformerBlock, AttentionContext]]
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class FinalNorm(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.norm = build_norm(config)
 
     def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
         """[B, S, D] -> [B, S, D]."""
@@ -72,6 +76,7 @@ class Decoder(nn.Module):
         self.config = config
         self.layers = nn.ModuleDict({str(spec.disk_index): layer for spec, layer in zip(specs, built, strict=True)})
         self.recompute_every = 0
+        self.run_segment: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
         tie_embeddings(self)
 
     @property
@@ -89,42 +94,45 @@ class Decoder(nn.Module):
         """The last layer."""
         return cast(OutputHead, self.layers[str(self.config.num_layers + 4)])
 
-    def hidden(self, tokens_BS: torch.Tensor, contexts: Sequence[AttentionContext] | None = None) -> torch.Tensor:
-        """Output of the final norm, [B, S, D]; `contexts` gives each block its decoding context."""
-        positions = None if contexts is None else contexts[0].positions_BS
-        x_BSD = self.embedding(tokens_BS, positions)
-        if contexts is not None:
-            for block, context in zip(self.blocks, contexts, strict=True):
-                x_BSD = block(x_BSD, context)
-        else:
-            x_BSD = self._run_blocks(x_BSD)
+    def hidden(self, tokens_BS: torch.Tensor, contexts: Contexts = None) -> torch.Tensor:
+        """Output of the final norm, [B, S, D]; see `forward`."""
+        blocks = self.blocks
+        first = contexts[0] if isinstance(contexts, Sequence) else contexts or PLAIN
+        x_BSD = self.embedding(tokens_BS, first.positions_BS)
+        if not isinstance(contexts, Sequence):
+            contexts = [with_shared_mask(first, blocks[0].attention, x_BSD)] * len(blocks)
+        x_BSD = self._run_blocks(x_BSD, list(zip(blocks, contexts, strict=True)))
         return self.layers[str(self.config.num_layers + 3)](x_BSD)
 
-    def _run_blocks(self, x_BSD: torch.Tensor) -> torch.Tensor:
+    def _run_blocks(self, x_BSD: torch.Tensor, blocks: _InContext) -> torch.Tensor:
         """All blocks, recomputing segments of `recompute_every` blocks in the backward pass if that is not 0."""
-        blocks = self.blocks
         if not (self.recompute_every and self.training and torch.is_grad_enabled()):
-            for block in blocks:
-                x_BSD = block(x_BSD)
-            return x_BSD
+            return _run(blocks, x_BSD)
         for start in range(0, len(blocks), self.recompute_every):
             segment = blocks[start : start + self.recompute_every]
-            x_BSD = cast(torch.Tensor, checkpoint(_run, segment, x_BSD, use_reentrant=False))
+            x_BSD = cast(torch.Tensor, self.run_segment(_run, segment, x_BSD))
         return x_BSD
 
     def forward(
         self,
         tokens_BS: torch.Tensor,
         targets: Targets | None = None,
-        contexts: Sequence[AttentionContext] | None = None,
+        contexts: Contexts = None,
     ) -> torch.Tensor:
-        """Logits [B, S, V] of int64 ids [B, S], or the loss (fp32 scalar) where targets are given."""
+        """Logits [B, S, V] of int64 ids [B, S], or the loss (fp32 scalar) where targets are given.
+
+        Args:
+            tokens_BS: int64 ids.
+            targets: what the model should have said.
+            contexts: what blocks know beyond the hidden state: one that all share (the documents of packed rows),
+                or one for each block (its cache while decoding).
+        """
         return self.head(self.hidden(tokens_BS, contexts), targets)
 
 
-def _run(blocks: Sequence[nn.Module], x_BSD: torch.Tensor) -> torch.Tensor:
-    for block in blocks:
-        x_BSD = block(x_BSD, PLAIN)
+def _run(blocks: _InContext, x_BSD: torch.Tensor) -> torch.Tensor:
+    for block, context in blocks:
+        x_BSD = block(x_BSD, context)
     return x_BSD
 
 

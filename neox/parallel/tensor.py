@@ -16,7 +16,7 @@ from torch import nn
 
 from neox.parallel.mesh import Mesh
 from neox.parallel.rng import divide_dropout
-from neox.parallel.splits import Column, Row, Split, Vocabulary, rows_allocated, split_dimension, split_of
+from neox.parallel.splits import Column, Heads, Row, Split, Vocabulary, rows_allocated, split_dimension, split_of
 from neox.parallel.vocabulary import ShardedVocabulary
 
 
@@ -38,6 +38,27 @@ class RowLinear(RowParallelLinear):
         if not self.sequence_parallel:
             return super().forward(x)[0]
         return super().forward(x.transpose(0, 1))[0].transpose(0, 1).contiguous()
+
+
+class SumOverRanks(torch.autograd.Function):
+    """A sum over the tensor-parallel group, every rank getting it; so gradients are summed over the group too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        """Add up `x` of all ranks."""
+        ctx.group = group
+        return _summed(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        """Each rank used the sum for what it holds, so each has a part of the gradient."""
+        return _summed(gradient, ctx.group), None
+
+
+def _summed(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    total = x.contiguous().clone()
+    dist.all_reduce(total, group=group)
+    return total
 
 
 class DivideSequence(nn.Module):
@@ -70,8 +91,12 @@ def split_layer(layer: nn.Module, mesh: Mesh, *, sequence_parallel: bool, dtype:
     )
     for name, module in list(layer.named_modules()):
         split = split_of(name)
-        if split is not None:
+        if isinstance(split, Heads):
+            _divide_heads(name, module, mesh)
+        elif split is not None:
             layer.set_submodule(name, _parallel_twin(module, split, config, mesh))
+        if getattr(module, "slopes", ()):
+            _divide_slopes(module, mesh)
     _share_vocabulary(layer, mesh, sequence_parallel=sequence_parallel)
     _divide_dropouts(layer, mesh, sequence_parallel=sequence_parallel)
 
@@ -96,6 +121,23 @@ def _parallel_twin(module: nn.Module, split: Split, config: ModelParallelConfig,
     return ColumnLinear(module.in_features, rows, bias=bias, **common)
 
 
+def _divide_heads(name: str, norm: nn.Module, mesh: Mesh) -> None:
+    """Leave a norm of queries and keys the parameters of this rank's heads; statistics of all heads are summed."""
+    for kind, parameter in list(norm.named_parameters()):
+        if split_dimension(f"{name}.{kind}") is not None:
+            heads = parameter.shape[0] // mesh.tensor_size
+            setattr(norm, kind, nn.Parameter(parameter.new_empty(heads, *parameter.shape[1:])))
+    if hasattr(norm, "sum_over_ranks"):
+        norm.sum_over_ranks = lambda x: SumOverRanks.apply(x, mesh.tensor_group)  # type: ignore[assignment]
+
+
+def _divide_slopes(attention: nn.Module, mesh: Mesh) -> None:
+    """Leave an attention the ALiBi slopes of this rank's heads."""
+    slopes: tuple[float, ...] = attention.slopes  # type: ignore[assignment]
+    heads = len(slopes) // mesh.tensor_size
+    attention.slopes = slopes[heads * mesh.tensor_rank : heads * (mesh.tensor_rank + 1)]  # type: ignore[assignment]
+
+
 def _share_vocabulary(layer: nn.Module, mesh: Mesh, *, sequence_parallel: bool) -> None:
     """Tell an output head which rows of the vocabulary it now holds."""
     rows = getattr(layer, "vocabulary", None)
@@ -115,19 +157,21 @@ def _divide_dropouts(layer: nn.Module, mesh: Mesh, *, sequence_parallel: bool) -
         layer.hidden_dropout = DivideSequence(layer.get_submodule("hidden_dropout"), mesh)
 
 
-def sum_gradients_over_sequence(layer: nn.Module, mesh: Mesh) -> None:
-    """Under sequence parallelism, sum the gradients of norms and row biases over the ranks that share a sequence.
+def sum_partial_gradients(layer: nn.Module, mesh: Mesh, *, sequence_parallel: bool) -> None:
+    """Sum over the tensor ranks the gradients of replicated parameters that each rank applies to a part only.
 
-    Each rank applies them to its own stretch, so its gradient is a part of the whole. The sum is a hook on the
-    parameter, before any engine sees the gradient, and so holds at every ZeRO stage and in the pipeline.
+    Under sequence parallelism these are norms and row biases, which see a stretch of the sequence; always, what a norm
+    of queries and keys shares among the divided heads. The sum is a hook on the parameter, before any engine sees the
+    gradient, and so holds at every ZeRO stage and in the pipeline.
     """
 
     def add_up(gradient: torch.Tensor) -> torch.Tensor:
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient, group=mesh.tensor_group)
-        return gradient
+        return _summed(gradient, mesh.tensor_group)
 
+    # The embedding divides the sequence only after all its parameters.
+    stretches = sequence_parallel and not hasattr(layer, "word_embeddings")
     for name, parameter in layer.named_parameters():
-        applies_to_stretch = split_dimension(name) is None and "position_embeddings" not in name
-        if applies_to_stretch and parameter.requires_grad:
+        if split_dimension(name) is not None or not parameter.requires_grad:
+            continue
+        if stretches or isinstance(split_of(name.rpartition(".")[0]), Heads):
             parameter.register_hook(add_up)

@@ -2,12 +2,17 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from neox.checkpoint.manifest import Progress
+from neox.config.ramp import BatchRamp
+from neox.model.attention import AttentionContext
 from neox.model.loss import Targets
 from neox.parallel.mesh import Mesh
+from neox.training.curriculum import Curriculum
 
 
 @dataclass(frozen=True)
@@ -18,11 +23,21 @@ class MicroBatch:
         tokens_BS: int64 inputs.
         labels_BS: int64 next tokens, 0 where masked.
         mask_BS: fp32, 1 where the loss counts; None where every token counts.
+        context: the documents of the rows and the positions in them; None where a row is one document.
     """
 
     tokens_BS: torch.Tensor
     labels_BS: torch.Tensor
     mask_BS: torch.Tensor | None
+    context: AttentionContext | None = None
+
+
+class ModelInputs(NamedTuple):
+    """What a model is called with in training: its three arguments, in order."""
+
+    tokens_BS: torch.Tensor
+    targets: Targets
+    context: AttentionContext | None
 
 
 @dataclass(frozen=True)
@@ -32,15 +47,23 @@ class GlobalBatch:
     Attributes:
         micro_batches: inputs and targets in order.
         token_count: unmasked tokens of the step over all data-parallel ranks, fp32 scalar on the device.
+        samples: sequences of the step over all data-parallel ranks.
     """
 
-    micro_batches: list[tuple[torch.Tensor, Targets]]
+    micro_batches: list[ModelInputs]
     token_count: torch.Tensor
+    samples: int
 
-    def pipeline_items(self) -> Iterator[tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]]:
-        """The micro-batches as DeepSpeed's pipeline engine takes them."""
-        for tokens, targets in self.micro_batches:
-            yield tokens, (targets.labels_BS, targets.weights_BS)
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence, S."""
+        return self.micro_batches[0].tokens_BS.shape[1]
+
+    def pipeline_items(self) -> Iterator[tuple[torch.Tensor | tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]]:
+        """The micro-batches as DeepSpeed's pipeline engine takes them: tensors, or tuples of tensors."""
+        for tokens, targets, context in self.micro_batches:
+            inputs = tokens if context is None else (tokens, *documents_of(context))
+            yield inputs, (targets.labels_BS, targets.weights_BS)
 
 
 @dataclass(frozen=True)
@@ -51,36 +74,101 @@ class BatchMaker:
         mesh: this rank's place and device.
         accumulation: micro-batches of a step.
         mask_after: see `micro_batch`.
+        document_end: see `micro_batch`.
+        curriculum: shorter sequences at the beginning of training; None for none.
+        ramp: fewer micro-batches a step at the beginning of training; None for none.
     """
 
     mesh: Mesh
     accumulation: int
     mask_after: int | None = None
+    document_end: int | None = None
+    curriculum: Curriculum | None = None
+    ramp: BatchRamp | None = None
+
+    def for_step(self, loader: Iterator[Mapping[str, torch.Tensor]], progress: Progress) -> GlobalBatch:
+        """The batch of the training step that follows `progress`."""
+        count, length = self.accumulation, None
+        if self.ramp is not None:
+            count = self.accumulation * self.ramp.size_at(progress.consumed_samples) // self.ramp.full
+        if self.curriculum is not None:
+            length = self.curriculum.length_at(progress.iteration + 1)
+        return self._take(loader, count, length)
 
     def next(self, loader: Iterator[Mapping[str, torch.Tensor]]) -> GlobalBatch:
-        """The next step's batch."""
-        items = [next(loader) for _ in range(self.accumulation)]
-        made = [micro_batch(item, device=self.mesh.device, mask_after=self.mask_after) for item in items]
+        """A full batch of whole sequences, as evaluation takes them."""
+        return self._take(loader, self.accumulation, None)
+
+    def _take(self, loader: Iterator[Mapping[str, torch.Tensor]], count: int, length: int | None) -> GlobalBatch:
+        made = [
+            micro_batch(
+                next(loader),
+                device=self.mesh.device,
+                mask_after=self.mask_after,
+                document_end=self.document_end,
+                length=length,
+            )
+            for _ in range(count)
+        ]
         return global_batch(made, self.mesh)
 
 
-def micro_batch(item: Mapping[str, torch.Tensor], *, device: torch.device, mask_after: int | None) -> MicroBatch:
+def micro_batch(
+    item: Mapping[str, torch.Tensor],
+    *,
+    device: torch.device,
+    mask_after: int | None,
+    document_end: int | None = None,
+    length: int | None = None,
+) -> MicroBatch:
     """Shift a row of S+1 tokens into inputs and labels.
 
     Args:
         item: `tokens`, int64 [B, S+1]; optionally `labels`, int64 [B, S+1] with negative values where masked.
         device: where the model is.
         mask_after: id of an input token whose prediction does not count (`eod_mask_loss`), None for none.
+        document_end: id of the token that ends a document (`document_masking`), None for rows of one document.
+        length: inputs to keep of each row, S where None.
     """
-    rows = item["tokens"].to(device, non_blocking=True)
+    kept = slice(None if length is None else length + 1)
+    rows = item["tokens"][:, kept].to(device, non_blocking=True)
     tokens = rows[:, :-1].contiguous()
+    context = None if document_end is None else document_context(tokens, document_end)
     if "labels" not in item and mask_after is None:
-        return MicroBatch(tokens, rows[:, 1:].contiguous(), None)
-    labels = item.get("labels", item["tokens"]).to(device, non_blocking=True)[:, 1:]
+        return MicroBatch(tokens, rows[:, 1:].contiguous(), None, context)
+    labels = item.get("labels", item["tokens"])[:, kept].to(device, non_blocking=True)[:, 1:]
     counted = labels >= 0
     if mask_after is not None:
         counted &= tokens != mask_after
-    return MicroBatch(tokens, labels.clamp(min=0).contiguous(), counted.float())
+    return MicroBatch(tokens, labels.clamp(min=0).contiguous(), counted.float(), context)
+
+
+def document_context(tokens_BS: torch.Tensor, document_end: int) -> AttentionContext:
+    """Number the documents of each row from 0, and each token from 0 within its document.
+
+    A document ends with `document_end`, which belongs to it. A row that begins or ends within a document holds a piece
+    of it, and the piece is treated as a document.
+
+    Args:
+        tokens_BS: int64 inputs.
+        document_end: id of the token that ends a document.
+
+    Returns:
+        `documents_BS` and `positions_BS`, int64, on the device of the tokens; nothing waits for it.
+    """
+    ends_BS = tokens_BS == document_end
+    documents_BS = ends_BS.cumsum(1) - ends_BS.long()
+    places_S = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
+    starts_BS = torch.where(ends_BS.roll(1, dims=1), places_S, 0)  # what is rolled to the front is at place 0 anyway
+    positions_BS = places_S - starts_BS.cummax(1).values
+    return AttentionContext(positions_BS=positions_BS, documents_BS=documents_BS)
+
+
+def documents_of(context: AttentionContext) -> tuple[torch.Tensor, torch.Tensor]:
+    """`documents_BS` and `positions_BS` of a context that has them."""
+    assert context.documents_BS is not None, "a batch's context numbers the documents"
+    assert context.positions_BS is not None, "a batch's context has positions"
+    return context.documents_BS, context.positions_BS
 
 
 def global_batch(micro_batches: list[MicroBatch], mesh: Mesh) -> GlobalBatch:
@@ -99,8 +187,8 @@ def global_batch(micro_batches: list[MicroBatch], mesh: Mesh) -> GlobalBatch:
     elif mesh.data_size > 1:
         total = total * mesh.data_size
     share = len(micro_batches) * mesh.data_size / total.clamp(min=1.0)
-    pairs = []
+    inputs = []
     for m in micro_batches:
         weights = share.expand(m.tokens_BS.shape) if m.mask_BS is None else m.mask_BS * share
-        pairs.append((m.tokens_BS, Targets(m.labels_BS, weights.contiguous())))
-    return GlobalBatch(pairs, total)
+        inputs.append(ModelInputs(m.tokens_BS, Targets(m.labels_BS, weights.contiguous()), m.context))
+    return GlobalBatch(inputs, total, samples=sum(len(m.tokens_BS) for m in micro_batches) * mesh.data_size)

@@ -2,13 +2,15 @@
 
 import math
 import time
+from collections import Counter
+from collections.abc import Mapping
 
 import torch
 
 from neox.checkpoint.manifest import Progress
-from neox.config import Config
+from neox.config import Config, ModelConfig
 from neox.errors import UserError
-from neox.model.flops import flops_per_token
+from neox.model.flops import TokenFlops, flops_per_token
 from neox.parallel.mesh import Mesh
 from neox.training.checkpoints import is_save_point, save_run
 from neox.training.engine import Engine
@@ -31,10 +33,9 @@ class Metrics:
         self.mesh = mesh = engine.mesh
         self.last_iteration = last_iteration
         self.log = log
-        # Full attention, the definition of most published figures (Chowdhery et al. 2022; Narayanan et al. 2021).
-        self.flops = flops_per_token(config.model, causal=False)
         self.peak = config.logging.peak_theoretical_tflops or _device_peak(config, mesh)
         self.losses: list[torch.Tensor] = []
+        self.samples: Counter[int] = Counter()
         self.skipped = 0
         self.since = time.perf_counter()
 
@@ -46,6 +47,7 @@ class Metrics:
     def after_step(self, step: Step) -> None:
         """Keep the loss; report when due."""
         self.losses.append(step.loss)
+        self.samples[step.length] += step.samples
         self.skipped += step.skipped
         iteration = step.progress.iteration
         if iteration % self.config.logging.log_interval and iteration != self.last_iteration:
@@ -54,6 +56,7 @@ class Metrics:
         self.log.log(iteration, self._report(step))
         self.log.progress(iteration)
         self.losses, self.skipped, self.since = [], 0, time.perf_counter()
+        self.samples.clear()
 
     def _report(self, step: Step) -> dict[str, float]:
         losses = torch.stack(self.losses)
@@ -64,6 +67,10 @@ class Metrics:
             "train/skipped_iterations": self.skipped,
         }
         figures["train/nan_iterations"] = int(losses.isnan().sum())
+        if self.config.batch.rampup_batch_size is not None:
+            figures["train/batch_size"] = step.samples
+        if (self.config.training.curriculum_learning or {}).get("enabled"):
+            figures["curriculum_seqlen"] = step.length
         if step.gradient_norm is not None:
             figures["train/grad_norm"] = float(step.gradient_norm)
         if self.config.model.precision == "fp16":
@@ -76,18 +83,33 @@ class Metrics:
         return figures | self._speed().metrics()
 
     def _speed(self) -> Throughput:
-        steps = len(self.losses)
-        samples = steps * self.config.batch.train_batch_size
         return Throughput(
-            samples=samples,
-            tokens=samples * self.config.model.seq_length,
-            steps=steps,
+            samples=self.samples.total(),
+            tokens=sum(samples * length for length, samples in self.samples.items()),
+            steps=len(self.losses),
             seconds=time.perf_counter() - self.since,
             devices=self.mesh.world_size,
-            flops=self.flops,
+            flops=mean_flops(self.config.model, self.samples),
             checkpoint_activations=self.config.training.checkpoint_activations,
             peak_tflops=self.peak,
         )
+
+
+def mean_flops(model: ModelConfig, samples: Mapping[int, int]) -> TokenFlops:
+    """FLOPs per token over samples of several lengths.
+
+    Attention counts as full, the definition of most published figures (Chowdhery et al. 2022; Narayanan et al. 2021).
+
+    Args:
+        model: the shapes.
+        samples: number of samples by their length in tokens.
+    """
+    tokens = sum(length * count for length, count in samples.items())
+    blocks, head = 0.0, 0.0
+    for length, count in samples.items():
+        flops = flops_per_token(model.model_copy(update={"seq_length": length}), causal=False)
+        blocks, head = blocks + flops.blocks * length * count / tokens, flops.head
+    return TokenFlops(blocks=blocks, head=head)
 
 
 def _device_peak(config: Config, mesh: Mesh) -> float | None:

@@ -36,7 +36,7 @@ def save_run(engine: Engine, progress: Progress, schedule: LRSchedule) -> Path:
         precision=config.model.precision,
         schedule=dict(schedule.state_dict(progress.schedule_step)),
         optimizer=config.optimizer.type if with_optimizer else None,
-        config=config.to_flat(),
+        config=config.to_flat() | ({"lora": config.lora.model_dump()} if config.lora.is_on else {}),
         files={},
         tensors={},
     )

@@ -2,6 +2,7 @@
 
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ class Engine(ABC):
     config: Config
     mesh: Mesh
     deepspeed: Any
+    watchers: tuple[Callable[[], None], ...] = ()
 
     @abstractmethod
     def train_step(self, batch: GlobalBatch) -> torch.Tensor:
@@ -33,6 +35,22 @@ class Engine(ABC):
     @abstractmethod
     def evaluate(self, batch: GlobalBatch) -> torch.Tensor:
         """Mean loss over all micro-batches of all ranks without an update, fp32 scalar on the device."""
+
+    def accumulate(self, micro_batches: int) -> None:
+        """Make the next update out of this many micro-batches."""
+        engine = self.deepspeed
+        if micro_batches != engine.gradient_accumulation_steps():
+            engine.set_train_batch_size(micro_batches * engine.train_micro_batch_size_per_gpu() * self.mesh.data_size)
+            engine.micro_steps = 0  # DeepSpeed updates where this is a multiple of the number of micro-batches
+
+    def watch_gradients(self, watcher: Callable[[], None]) -> None:
+        """Call `watcher` in every step, when its gradients are complete and neither clipped nor used."""
+        self.watchers = (*self.watchers, watcher)
+
+    def gradients_complete(self) -> None:
+        """Tell those who watch."""
+        for watcher in self.watchers:
+            watcher()
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Use this rate in the next update."""
@@ -74,15 +92,13 @@ def start_deepspeed(model: nn.Module, config: Config, mesh: Mesh, **changes: Any
         changes: entries of DeepSpeed's dict that differ from the derived ones.
     """
     import deepspeed
-    from deepspeed.utils.timer import NoopTimer
+
+    from neox.training.timers import console_settings, install_timers
 
     join_deepspeed()
-    optimizer = build_optimizer(named_by_canon(model).items(), config)
+    optimizer = build_optimizer(named_by_canon(model).items(), config, mesh)
     is_pipeline = isinstance(model, deepspeed.pipe.PipelineModule)
-    settings = deepspeed_dict(config) | changes
-    quiet = "steps_per_print" not in config.given and not config.logging.wall_clock_breakdown
-    if quiet:
-        settings["steps_per_print"] = None  # the console is ours; DeepSpeed's lines would wait for the device
+    settings = deepspeed_dict(config) | console_settings(config) | changes
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
@@ -90,8 +106,7 @@ def start_deepspeed(model: nn.Module, config: Config, mesh: Mesh, **changes: Any
         mpu=mesh if mesh.tensor_size > 1 and not is_pipeline else None,
         dist_init_required=False,
     )
-    if quiet:
-        engine.timers = NoopTimer()  # else the pipeline engine keeps two device events of every step for ever
+    install_timers(engine, config)
     return engine
 
 

@@ -1,4 +1,4 @@
-"""Where metrics go: console, a JSONL file, TensorBoard and Weights & Biases.
+"""Where metrics go: console, a JSONL file, TensorBoard, Weights & Biases and Comet.
 
 Metric names are upstream's: `train/lm_loss`, `train/learning_rate`, `train/loss_scale`, `runtime/...`,
 `validation/...`, `test/...`; ours besides, `train/skipped_iterations` and `train/nan_iterations`, which
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Protocol, Self, SupportsFloat, TextIO
 from urllib.parse import urlsplit
 
 from neox.errors import ConfigError
+from neox.training.tee import Tee, beside_copy
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -51,20 +52,24 @@ class MetricLog:
     def from_config(cls, config: "Config", *, rank: int, environ: Mapping[str, str] = os.environ) -> Self:
         """Open what the config asks for: the file and the console always, the others by key.
 
-        The file is `metrics.jsonl` in `save`, else `log_dir`, else the current folder.
+        The file is `metrics.jsonl` in the folder of the run. Ranks other than 0 have none of all this, but a run at
+        Weights & Biases with `wandb_init_all_ranks`.
 
         Raises:
             ConfigError: a package is missing, a folder cannot be written, or Weights & Biases refuses.
         """
+        settings = config.logging
+        by_wandb = wants_wandb(settings.use_wandb, host=settings.wandb_host, environ=environ)
         if rank != 0:
-            return cls()
-        folder = Path(config.checkpoint.save or config.logging.log_dir or ".")
-        sinks: list[Sink] = [JsonLinesSink(folder / "metrics.jsonl")]
+            return cls([WandbSink(config, rank=rank)] if by_wandb and settings.wandb_init_all_ranks else ())
+        sinks: list[Sink] = [JsonLinesSink(run_folder(config) / "metrics.jsonl")]
         sinks += console_sinks(config.training.train_iters)
-        if config.logging.tensorboard_dir:
-            sinks.append(TensorBoardSink(Path(config.logging.tensorboard_dir)))
-        if wants_wandb(config.logging.use_wandb, host=config.logging.wandb_host, environ=environ):
-            sinks.append(WandbSink(config))
+        if settings.tensorboard_dir:
+            sinks.append(TensorBoardSink(Path(settings.tensorboard_dir)))
+        if by_wandb:
+            sinks.append(WandbSink(config, rank=rank))
+        if settings.use_comet:
+            sinks.append(CometSink(config))
         return cls(sinks)
 
     def log(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
@@ -205,17 +210,23 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """A run at Weights & Biases, or on disk alone with WANDB_MODE=offline."""
+    """A run at Weights & Biases, or on disk alone with WANDB_MODE=offline.
 
-    def __init__(self, config: "Config") -> None:
+    With `wandb_init_all_ranks` each process has one, named after its rank.
+    """
+
+    def __init__(self, config: "Config", *, rank: int = 0) -> None:
         wandb = _optional_import("wandb", key="use_wandb", install="pip install wandb")
         settings = config.logging
+        name = settings.wandb_run_name
+        if settings.wandb_init_all_ranks:
+            name = f"{name}-rank{rank}" if name else f"rank{rank}"
         try:
             self.run = wandb.init(
                 project=settings.wandb_project,
                 entity=settings.wandb_team,
                 group=settings.wandb_group,
-                name=settings.wandb_run_name,
+                name=name,
                 config=config.to_flat(),
                 settings=wandb.Settings(base_url=settings.wandb_host),
             )
@@ -237,11 +248,49 @@ class WandbSink:
         self.run.finish()
 
 
+class CometSink:
+    """An experiment at Comet; COMET_START_ONLINE=false keeps it on disk."""
+
+    def __init__(self, config: "Config") -> None:
+        comet = _optional_import("comet_ml", key="use_comet", install="pip install comet_ml")
+        settings = config.logging
+        try:
+            self.experiment = comet.start(workspace=settings.comet_workspace, project=settings.comet_project)
+        except Exception as error:  # Comet has no class that all its errors share
+            reason = str(error).partition("\n")[0]
+            raise ConfigError(
+                f"Comet: {reason}: set COMET_API_KEY, COMET_START_ONLINE=false or use_comet: false"
+            ) from error
+        if settings.comet_experiment_name:
+            self.experiment.set_name(settings.comet_experiment_name)
+        self.experiment.add_tags(list(settings.comet_tags or ()))
+        self.experiment.log_others(settings.comet_others or {})
+        self.experiment.log_parameters(config.to_flat())
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Send the metrics of a step."""
+        self.experiment.log_metrics(dict(metrics), step=step)
+
+    def progress(self, step: int) -> None:
+        """Nothing to record."""
+
+    def close(self) -> None:
+        """Send what is left and finish the experiment."""
+        self.experiment.end()
+
+
+def run_folder(config: "Config") -> Path:
+    """The folder of a run's own files: `save`, else `log_dir`, else the current one."""
+    return Path(config.checkpoint.save or config.logging.log_dir or ".")
+
+
 def console_sinks(total_steps: int | None) -> Sequence[Sink]:
     """Choose a bar if stderr is a terminal, and lines on stdout if it is not or if stdout goes elsewhere."""
     sinks: list[Sink] = [BarSink(total_steps)] if sys.stderr.isatty() else []
     if not (sys.stderr.isatty() and sys.stdout.isatty()):
         sinks.append(LineSink(total_steps, sys.stdout))
+    elif isinstance(sys.stdout, Tee):
+        sinks.append(LineSink(total_steps, sys.stdout.copy))
     return sinks
 
 
@@ -262,7 +311,7 @@ def console_lines(step: int, total_steps: int | None, metrics: Metrics) -> list[
 
     What a line has no metric for is left out; `train/` metrics beyond upstream's own come in the order given.
     """
-    lines = evaluation_lines(step, metrics)
+    lines = [*_timer_lines(metrics), *evaluation_lines(step, metrics)]
     if not any(name.startswith(("train/", "runtime/")) for name in metrics):
         return lines
     named = {name for name, _, _ in (*_BEFORE_LOSS, *_AFTER_LOSS)} | {"runtime/samples_per_sec"}
@@ -287,6 +336,12 @@ def evaluation_lines(step: int, metrics: Metrics) -> list[str]:
             figures = "".join(f" {name.removeprefix(f'{split}/')}: {metrics[name]:.6E} |" for name in names)
             lines.append(f" {split} results at iteration {step} |{figures}")
     return lines
+
+
+def _timer_lines(metrics: Metrics) -> list[str]:
+    """Upstream's line of the phases of a step, where there are any."""
+    phases = [f" | {name[7:]}: {1e3 * value:.2f}" for name, value in metrics.items() if name.startswith("timers/")]
+    return [f"time (ms){''.join(phases)}"] if phases else []
 
 
 # Metric, how it reads, and the factor that turns it into the unit shown.
@@ -320,7 +375,7 @@ def _build_bar() -> "Progress":
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[status]}"))
-    return Progress(*columns, console=Console(stderr=True))
+    return Progress(*columns, console=Console(file=beside_copy(sys.stderr)))
 
 
 def _optional_import(name: str, *, key: str, install: str) -> ModuleType:

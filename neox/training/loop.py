@@ -22,6 +22,8 @@ class Step:
         learning_rate: rate the update used.
         gradient_norm: L2 norm before clipping, where the engine has it.
         skipped: whether fp16 overflow dropped the update.
+        samples: sequences it trained on, over all data-parallel ranks.
+        length: tokens of each.
     """
 
     progress: Progress
@@ -29,6 +31,8 @@ class Step:
     learning_rate: float
     gradient_norm: torch.Tensor | float | None
     skipped: bool
+    samples: int
+    length: int
 
 
 class Callback(Protocol):
@@ -64,9 +68,8 @@ def training_loop(run: Run, progress: Progress, callbacks: Sequence[Callback]) -
     """Train until `run.iterations` and return where the run stands then."""
     for callback in callbacks:
         callback.before_training(progress)
-    samples_per_step = run.engine.config.batch.train_batch_size
     while progress.iteration < run.iterations:
-        batch = run.batches.next(run.loader)
+        batch = run.batches.for_step(run.loader, progress)
         learning_rate = run.schedule.lr_at(progress.schedule_step)
         run.engine.set_learning_rate(learning_rate)
         loss = run.engine.train_step(batch)
@@ -74,10 +77,12 @@ def training_loop(run: Run, progress: Progress, callbacks: Sequence[Callback]) -
         progress = replace(
             progress,
             iteration=progress.iteration + 1,
-            consumed_samples=progress.consumed_samples + samples_per_step,
+            consumed_samples=progress.consumed_samples + batch.samples,
             schedule_step=progress.schedule_step + (not skipped),
         )
-        step = Step(progress, loss, learning_rate, run.engine.gradient_norm, skipped)
+        step = Step(
+            progress, loss, learning_rate, run.engine.gradient_norm, skipped, samples=batch.samples, length=batch.length
+        )
         for callback in callbacks:
             callback.after_step(step)
     return progress

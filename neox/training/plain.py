@@ -11,6 +11,7 @@ from neox.parallel.mesh import Mesh
 from neox.training.batches import GlobalBatch
 from neox.training.compilation import compile_blocks
 from neox.training.engine import Engine, join_deepspeed, mean_over_data, start_deepspeed
+from neox.training.recompute import segment_length, segment_runner
 
 
 class PlainEngine(Engine):
@@ -40,7 +41,7 @@ class PlainEngine(Engine):
                 divide_parameters(layer, config, mesh)
             layers.append(layer)
         model = Decoder(config.model, layers=layers)
-        model.recompute_every = config.training.checkpoint_num_layers if config.training.checkpoint_activations else 0
+        model.recompute_every, model.run_segment = segment_length(config), segment_runner(config)
         compile_blocks(model.blocks, config, mesh)
         if self.stage == 3:
             import deepspeed
@@ -53,12 +54,15 @@ class PlainEngine(Engine):
         """See Engine."""
         engine = self.deepspeed
         engine.train()
+        self.accumulate(len(batch.micro_batches))
         losses = []
-        for tokens, targets in batch.micro_batches:
-            loss = engine(tokens, targets)
+        for inputs in batch.micro_batches:
+            loss = engine(*inputs)
             engine.backward(loss)
-            if self.stage == 0 and engine.is_gradient_accumulation_boundary():
-                self._clip_gradients()
+            if engine.is_gradient_accumulation_boundary():
+                self.gradients_complete()
+                if self.stage == 0:
+                    self._clip_gradients()
             engine.step()
             losses.append(loss.detach())
         return mean_over_data(torch.stack(losses).mean(), self.mesh)
@@ -67,7 +71,7 @@ class PlainEngine(Engine):
         """See Engine."""
         self.deepspeed.eval()
         with torch.no_grad():
-            losses = [self.deepspeed(tokens, targets) for tokens, targets in batch.micro_batches]
+            losses = [self.deepspeed(*inputs) for inputs in batch.micro_batches]
         self.deepspeed.train()
         return mean_over_data(torch.stack(losses).mean(), self.mesh)
 
@@ -95,6 +99,7 @@ class PlainEngine(Engine):
 def divide_parameters(layer: nn.Module, config: Config, mesh: Mesh) -> None:
     """Leave only this rank's part of each parameter (ZeRO 3), so that no rank ever holds more than a layer whole."""
     import deepspeed
+    from deepspeed.utils import groups
 
     join_deepspeed()
     deepspeed.zero.Init(
@@ -102,6 +107,8 @@ def divide_parameters(layer: nn.Module, config: Config, mesh: Mesh) -> None:
         data_parallel_group=mesh.data_group,
         config_dict_or_path=deepspeed_dict(config),
         mpu=mesh if mesh.tensor_size > 1 else None,
+        # The group of zero_hpz_partition_size ranks, which the first layer's call makes.
+        zero_param_parallel_group=groups._get_zero_param_intra_parallel_group(),
     )
 
 

@@ -11,7 +11,7 @@ from neox.data.indexed import IndexedDataset
 from neox.errors import ConfigError
 from neox.launch.hosts import has_hostfile
 from neox.model.build import meta_decoder
-from neox.training.run import agreed_schedule, load_folder, resumable, with_iterations
+from neox.training.run import agreed_schedule, cuda_device_count, load_folder, resumable, with_iterations
 
 
 def prepare(config: Config) -> Config:
@@ -25,12 +25,13 @@ def prepare(config: Config) -> Config:
     """
     if not config.optimizer.is_given:
         raise ConfigError('optimizer: missing; training needs one, {"type": "Adam", "params": {"lr": 6.0e-4}} say')
+    _check_device(config)
     config = settle_vocabulary(config)
     _open_data(config)
     folder = load_folder(config)
     if folder is not None:
         if not config.checkpoint.finetune:
-            agreed_schedule(with_iterations(config), resumable(folder))
+            agreed_schedule(with_iterations(config), resumable(folder, config))
         check_shapes(config, folder)
     return config
 
@@ -44,7 +45,23 @@ def remarks(config: Config) -> list[str]:
         lines.append(f"hostfile {config.launch.hostfile}: no such file, starting on this machine alone")
     if config.evaluation.eval_tasks:
         lines.append("eval_tasks: not run while training; run evaluate.py with the same files")
+    if config.logging.memory_profiling and _is_without_gpu(config):
+        lines.append("memory_profiling: there is no CUDA device here, nothing is recorded")
     return lines
+
+
+def _check_device(config: Config) -> None:
+    """Refuse what only a GPU can do."""
+    zero = config.deepspeed.zero_optimization or {}
+    if _is_without_gpu(config):
+        for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
+            if zero.get(key):
+                raise ConfigError(f"zero_optimization.{key}: its kernels need CUDA, and there is none here; remove it")
+
+
+def _is_without_gpu(config: Config) -> bool:
+    """Whether the run takes place here, and there is no GPU; other hosts are not asked."""
+    return cuda_device_count() == 0 and not has_hostfile(config)
 
 
 def settle_vocabulary(config: Config) -> Config:

@@ -6,23 +6,30 @@ import torch
 import torch.distributed as dist
 
 from neox.checkpoint.huggingface import is_huggingface
+from neox.checkpoint.lora import check_same_lora, merged
 from neox.checkpoint.manifest import Progress, checkpoint_folder, is_native
 from neox.checkpoint.native import NativeReader
 from neox.checkpoint.open import open_checkpoint
 from neox.config import Config
+from neox.config.ramp import BatchRamp
 from neox.data import BatchLoader, Coordinator, DatasetSplits, build_datasets, build_tokenizer, train_iters_for_epochs
 from neox.errors import CheckpointError
 from neox.model.build import WeightSource, fresh_weights
+from neox.model.lora import with_fresh_factors
 from neox.parallel.mesh import Mesh, build_mesh
 from neox.parallel.rng import seed_dropout
 from neox.training.batches import BatchMaker
 from neox.training.callbacks import Checkpoints, Evaluation, Metrics
 from neox.training.checkpoints import resume_run
+from neox.training.curriculum import curriculum_of
 from neox.training.engine import Engine
 from neox.training.loggers import MetricLog
 from neox.training.loop import Callback, Run, training_loop
+from neox.training.monitors import monitors
 from neox.training.plain import PlainEngine
+from neox.training.profiling import profilers
 from neox.training.schedule import LRSchedule
+from neox.training.tee import copied_output
 from neox.training.validation import Evaluator
 
 
@@ -32,7 +39,8 @@ def train(config: Config) -> Progress:
     Returns:
         Where the run stands at its end.
     """
-    progress = _train(config, build_mesh(config))
+    with copied_output(config.logging.log_dir):
+        progress = _train(config, build_mesh(config))
     # Only on success: with NCCL, leaving the group while others wait in it would hang the rank that failed.
     dist.destroy_process_group()
     return progress
@@ -51,6 +59,7 @@ def _train(config: Config, mesh: Mesh) -> Progress:
             callbacks: list[Callback] = [Metrics(engine, log, last_iteration=last)]
             if data.valid is not None and config.training.do_valid:
                 callbacks.append(Evaluation(Evaluator(engine, data.valid, batches, tokenizer), log))
+            callbacks += monitors(engine, log, last_iteration=last) + profilers(engine, log, last_iteration=last)
             callbacks.append(Checkpoints(engine, schedule, last_iteration=last))
             loader = train_loader(config, mesh, data, progress.consumed_samples)
             progress = training_loop(Run(engine, loader, batches, schedule, last), progress, callbacks)
@@ -77,25 +86,27 @@ def start_or_resume(config: Config, mesh: Mesh) -> tuple[Engine, Progress, LRSch
     if folder is None:
         return build_engine(config, mesh, fresh_weights(config)), Progress(), LRSchedule.from_config(config)
     if config.checkpoint.finetune:
-        weights = open_checkpoint(folder).weight
+        weights = with_fresh_factors(merged(open_checkpoint(folder)).weight, seed=config.training.seed)
         return build_engine(config, mesh, weights), Progress(), LRSchedule.from_config(config)
-    reader = resumable(folder)
+    reader = resumable(folder, config)
     schedule = agreed_schedule(config, reader)
     engine = build_engine(config, mesh, reader.weight)
     return engine, resume_run(engine, reader), schedule
 
 
-def resumable(folder: Path) -> NativeReader:
+def resumable(folder: Path, config: Config) -> NativeReader:
     """Open a checkpoint to go on from.
 
     Raises:
-        CheckpointError: if it is none of this project's.
+        CheckpointError: if it is none of this project's, or the run adapts other matrices.
     """
     if not is_native(folder):
         raise CheckpointError(
             f"load {folder}: only its weights can be used, it is no checkpoint of this project; set finetune: true"
         )
-    return NativeReader(folder)
+    reader = NativeReader(folder)
+    check_same_lora(reader, config.lora)
+    return reader
 
 
 def agreed_schedule(config: Config, reader: NativeReader) -> LRSchedule:
@@ -139,8 +150,16 @@ def build_engine(config: Config, mesh: Mesh, source: WeightSource) -> Engine:
 
 def batch_maker(config: Config, mesh: Mesh) -> BatchMaker:
     """How a step's batch is made."""
-    mask_after = build_tokenizer(config.tokenizer).eod if config.data.eod_mask_loss else None
-    return BatchMaker(mesh, config.batch.gradient_accumulation_steps, mask_after)
+    data = config.data
+    end = build_tokenizer(config.tokenizer).eod if data.eod_mask_loss or data.document_masking else None
+    return BatchMaker(
+        mesh,
+        config.batch.gradient_accumulation_steps,
+        mask_after=end if data.eod_mask_loss else None,
+        document_end=end if data.document_masking else None,
+        curriculum=curriculum_of(config),
+        ramp=BatchRamp.from_config(config),
+    )
 
 
 def train_loader(config: Config, mesh: Mesh, data: DatasetSplits, consumed: int) -> BatchLoader:

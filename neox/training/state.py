@@ -4,6 +4,7 @@ Works the same at every ZeRO stage and tensor-parallel size, which is what makes
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from neox.checkpoint.native import NativeReader, StoredTensor
 from neox.errors import CheckpointError
 from neox.parallel.splits import join_shards, split_dimension, take_shard
 from neox.training.engine import Engine
+from neox.training.optimizer import ADAMS, state_names
+from neox.training.sm3 import SM3
 
 MASTER = "master"
 
@@ -24,13 +27,16 @@ def owned_tensors(engine: Engine, *, with_optimizer: bool) -> Iterator[StoredTen
     A collective over the stage: all its ranks must run through it. Tensors are dealt to the ranks of the stage
     in equal shares of bytes.
     """
-    parameters = _without_tied_copy(engine)
-    states = moment_names(engine) if with_optimizer else []
-    if states:
-        _link_states(engine)
-    if with_optimizer and engine.config.model.precision != "fp32":
-        states = [MASTER, *states]
-    mesh = engine.mesh
+    if with_optimizer:
+        with plain_moments(engine):
+            yield from _owned(engine, with_optimizer=True)
+    else:
+        yield from _owned(engine, with_optimizer=False)
+
+
+def _owned(engine: Engine, *, with_optimizer: bool) -> Iterator[StoredTensor]:
+    parameters, mesh = without_tied_copy(engine), engine.mesh
+    masters = [MASTER] if engine.config.model.precision != "fp32" else []
     total = sum(p.whole_shape.numel() for p in parameters.values())  # type: ignore[attr-defined]
     ranks = mesh.data_size * mesh.tensor_size
     seen = 0
@@ -38,16 +44,22 @@ def owned_tensors(engine: Engine, *, with_optimizer: bool) -> Iterator[StoredTen
         owner = min(ranks - 1, seen * ranks // total)
         seen += parameter.whole_shape.numel()  # type: ignore[attr-defined]
         mine = owner == mesh.data_rank * mesh.tensor_size + mesh.tensor_rank
-        value = _whole(engine, name, parameter, _weights(engine, parameter), keep=mine)
+        value = _whole(engine, name, parameter, local_weights(engine, parameter), keep=mine)
         if value is not None:
             yield StoredTensor("model", name, value)
-        for state in states:
-            value = _whole(engine, name, parameter, _state(engine, parameter, state), keep=mine)
+        if not with_optimizer or not parameter.requires_grad:
+            continue
+        for state in (*masters, *moments_of(engine, name)):
+            value = _whole(engine, name, parameter, local_state(engine, parameter, state), keep=mine)
+            if value is not None:
+                yield StoredTensor("optimizer", f"{name}/{state}", value)
+        for state, vector in _accumulators(engine, name).items():
+            value = _whole(engine, name, parameter, vector, keep=mine, dimension=vector.shape.index(vector.numel()))
             if value is not None:
                 yield StoredTensor("optimizer", f"{name}/{state}", value)
 
 
-def _without_tied_copy(engine: Engine) -> dict[str, nn.Parameter]:
+def without_tied_copy(engine: Engine) -> dict[str, nn.Parameter]:
     """A tied embedding lives on the first and on the last stage; the first one saves it."""
     return {
         name: p
@@ -56,23 +68,42 @@ def _without_tied_copy(engine: Engine) -> dict[str, nn.Parameter]:
     }
 
 
+def trainable(engine: Engine) -> dict[str, nn.Parameter]:
+    """The parameters that the optimizer holds."""
+    return {name: p for name, p in engine.parameters().items() if p.requires_grad}
+
+
 def _whole(
-    engine: Engine, name: str, parameter: nn.Parameter, local: torch.Tensor, *, keep: bool
+    engine: Engine,
+    name: str,
+    parameter: nn.Parameter,
+    local: torch.Tensor,
+    *,
+    keep: bool,
+    dimension: int | None = None,
 ) -> torch.Tensor | None:
-    """The logical tensor on the CPU from every tensor rank's share; None where another rank keeps it."""
+    """The logical tensor on the CPU from every tensor rank's share; None where another rank keeps it.
+
+    With `dimension` it is the accumulator of that dimension, whose other dimensions are 1.
+    """
     mesh = engine.mesh
-    if mesh.tensor_size > 1 and split_dimension(name) is not None:
+    is_divided = split_dimension(name) is not None and dimension in (None, split_dimension(name))
+    if mesh.tensor_size > 1 and is_divided:
         shards = [torch.empty_like(local) for _ in range(mesh.tensor_size)]
         dist.all_gather(shards, local.contiguous(), group=mesh.tensor_group)
     else:
         shards = [local]
     if not keep:
         return None
-    whole = join_shards(name, shards, shape=parameter.whole_shape)  # type: ignore[attr-defined]
+    groups: tuple[int, ...] = parameter.row_groups  # type: ignore[attr-defined]
+    shape: torch.Size = parameter.whole_shape  # type: ignore[attr-defined]
+    if dimension is not None:
+        shape = torch.Size(size if d == dimension else 1 for d, size in enumerate(shape))
+    whole = join_shards(name, shards, shape=shape, groups=groups)
     return whole.detach().to("cpu", copy=True).contiguous()
 
 
-def _weights(engine: Engine, parameter: nn.Parameter) -> torch.Tensor:
+def local_weights(engine: Engine, parameter: nn.Parameter) -> torch.Tensor:
     """This tensor rank's share of the weights, in the model's dtype."""
     if engine.config.parallel.zero_stage < 3:
         return parameter.data
@@ -82,7 +113,7 @@ def _weights(engine: Engine, parameter: nn.Parameter) -> torch.Tensor:
         return parameter.data.clone()
 
 
-def _state(engine: Engine, parameter: nn.Parameter, state: str) -> torch.Tensor:
+def local_state(engine: Engine, parameter: nn.Parameter, state: str) -> torch.Tensor:
     """This tensor rank's share of the master weights or of a moment, fp32."""
     if engine.config.parallel.zero_stage == 0:
         return engine.deepspeed.optimizer.state[parameter][state]
@@ -103,10 +134,43 @@ def _base_optimizer(engine: Engine) -> torch.optim.Optimizer:
 
 
 def moment_names(engine: Engine) -> list[str]:
-    """The tensors the optimizer keeps per parameter; empty before its first step."""
-    for state in _base_optimizer(engine).state.values():
-        return sorted(key for key, value in state.items() if torch.is_tensor(value) and value.numel() > 1)
-    return []
+    """Everything that the optimizer keeps for each element of some parameter; nothing before its first step."""
+    return sorted({state for name in trainable(engine) for state in moments_of(engine, name)})
+
+
+def moments_of(engine: Engine, name: str) -> tuple[str, ...]:
+    """What the optimizer keeps for each element of this parameter; nothing before its first step."""
+    has_stepped = any(_base_optimizer(engine).state.values())
+    return state_names(engine.config.optimizer, name) if has_stepped else ()
+
+
+@contextmanager
+def plain_moments(engine: Engine) -> Iterator[None]:
+    """Have the moments where `local_state` finds them, in fp32 even where the optimizer packs them in 8 bits."""
+    base = _base_optimizer(engine)
+    is_packed = engine.config.optimizer.type == "adam8bit"
+    if is_packed:
+        base.unpack()  # type: ignore[attr-defined]
+    if moment_names(engine):
+        link_states(engine)
+    try:
+        yield
+    finally:
+        if is_packed:
+            base.pack()  # type: ignore[attr-defined]
+            link_states(engine)
+
+
+def _accumulators(engine: Engine, name: str) -> dict[str, torch.Tensor]:
+    """SM3's, by name; each has the shape of the parameter's shard with 1 for every dimension but its own."""
+    base = _base_optimizer(engine)
+    if not isinstance(base, SM3):
+        return {}
+    vectors = base.accumulators[name]
+    return {
+        f"accumulator_{d}": vector.view([-1 if d == other else 1 for other in range(len(vectors))])
+        for d, vector in enumerate(vectors)
+    }
 
 
 def optimizer_step(engine: Engine) -> int:
@@ -125,38 +189,49 @@ def restore(engine: Engine, reader: NativeReader, *, with_optimizer: bool) -> No
     """
     half = engine.config.model.precision != "fp32"
     if half:
-        for name, parameter in engine.parameters().items():
+        for name, parameter in trainable(engine).items():
             key = f"{name}/{MASTER}"
             source = reader.tensor(key) if key in reader else reader.tensor(name)
-            _set_state(engine, parameter, MASTER, _share(engine, name, source))
+            _set_state(engine, parameter, MASTER, _share(engine, name, parameter, source))
     if not with_optimizer:
         return
-    states = _saved_states(engine, reader)
-    _allocate_states(engine, states, reader.manifest.progress.optimizer_step)
-    for name, parameter in engine.parameters().items():
-        for state in states:
-            _set_state(engine, parameter, state, _share(engine, name, reader.tensor(f"{name}/{state}")))
+    _check_optimizer(engine, reader)
+    saved = {key.rpartition("/")[2] for key in reader.manifest.tensors if key.startswith("layers.") and "/" in key}
+    if saved - {MASTER}:  # a checkpoint from before the first update has none; the optimizer then makes its own
+        _allocate_states(engine, reader.manifest.progress.optimizer_step)
+        for name, parameter in trainable(engine).items():
+            _restore_states(engine, reader, name, parameter)
+        if engine.config.optimizer.type == "adam8bit":
+            _base_optimizer(engine).pack()  # type: ignore[attr-defined]
+            link_states(engine)
 
 
-def _saved_states(engine: Engine, reader: NativeReader) -> list[str]:
+def _restore_states(engine: Engine, reader: NativeReader, name: str, parameter: nn.Parameter) -> None:
+    for state in moments_of(engine, name):
+        _set_state(engine, parameter, state, _share(engine, name, parameter, reader.tensor(f"{name}/{state}")))
+    for state, vector in _accumulators(engine, name).items():
+        whole = reader.tensor(f"{name}/{state}")
+        is_divided = vector.numel() > 1 and vector.shape.index(vector.numel()) == split_dimension(name)
+        vector.copy_(_share(engine, name, parameter, whole) if is_divided else whole)
+
+
+def _check_optimizer(engine: Engine, reader: NativeReader) -> None:
     saved, wanted = reader.manifest.optimizer, engine.config.optimizer.type
     if saved is None:
         raise CheckpointError(
             f"{reader.folder}: has no optimizer state; set no_load_optim: true to start with a fresh one"
         )
-    adams = {"adam", "adamw"}
-    if saved != wanted and not {saved, wanted} <= adams:
+    if saved != wanted and not {saved, wanted} <= set(ADAMS):
         raise CheckpointError(
             f"{reader.folder}: was trained with optimizer {saved}, the configuration asks for {wanted}; "
             "set no_load_optim: true to start with a fresh one"
         )
-    states = {key.rpartition("/")[2] for key in reader.manifest.tensors if key.startswith("layers.") and "/" in key}
-    return sorted(states - {MASTER})
 
 
-def _share(engine: Engine, name: str, whole: torch.Tensor) -> torch.Tensor:
-    mesh = engine.mesh
-    return take_shard(name, whole, rank=mesh.tensor_rank, size=mesh.tensor_size).to(mesh.device, torch.float32)
+def _share(engine: Engine, name: str, parameter: nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
+    mesh, groups = engine.mesh, parameter.row_groups  # type: ignore[attr-defined]
+    shard = take_shard(name, whole, rank=mesh.tensor_rank, size=mesh.tensor_size, groups=groups)
+    return shard.to(mesh.device, torch.float32)
 
 
 def _set_state(engine: Engine, parameter: nn.Parameter, state: str, value: torch.Tensor) -> None:
@@ -172,23 +247,21 @@ def _set_state(engine: Engine, parameter: nn.Parameter, state: str, value: torch
         safe_set_full_optimizer_state(parameter, value, state)
 
 
-def _allocate_states(engine: Engine, states: list[str], step: int) -> None:
-    """Give the optimizer the tensors it would make at its first step, so that they can be filled.
-
-    A checkpoint from before the first update has none; the optimizer then makes its own.
-    """
-    if not states:
-        return
-    base = _base_optimizer(engine)
-    for flat in _optimized_tensors(engine):
+def _allocate_states(engine: Engine, step: int) -> None:
+    """Give the optimizer the tensors it would make at its first step, so that they can be filled."""
+    base, settings = _base_optimizer(engine), engine.config.optimizer
+    for flat, is_orthogonal in _optimized_tensors(engine):
+        states = state_names(settings, is_orthogonal=is_orthogonal)
         entry: dict[str, Any] = {state: torch.zeros_like(flat, requires_grad=False) for state in states}
-        if isinstance(base, torch.optim.AdamW):
-            entry["step"] = torch.tensor(float(step), device=flat.device if base.defaults["fused"] else "cpu")
-        base.state[flat] = entry
-    _link_states(engine)
+        if "exp_avg_sq" in states or "grad_sum_sq" in states:
+            is_fused = isinstance(base, torch.optim.AdamW) and base.defaults["fused"]
+            entry["step"] = torch.tensor(float(step), device=flat.device if is_fused else "cpu")
+        if entry:
+            base.state[flat] = entry
+    link_states(engine)
 
 
-def _link_states(engine: Engine) -> None:
+def link_states(engine: Engine) -> None:
     """Point DeepSpeed's per-parameter views at the optimizer's tensors.
 
     ZeRO 1 and 2 do this themselves once, right after the first parameter group's first update, when the states of
@@ -200,8 +273,9 @@ def _link_states(engine: Engine) -> None:
         optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def _optimized_tensors(engine: Engine) -> Iterable[torch.Tensor]:
-    """What the torch optimizer sees as its parameters: ours at ZeRO 0, flat fp32 partitions above."""
+def _optimized_tensors(engine: Engine) -> Iterable[tuple[torch.Tensor, bool]]:
+    """What the torch optimizer sees as its parameters, ours at ZeRO 0, flat fp32 partitions above; and if Muon's."""
     if engine.config.parallel.zero_stage == 3:
-        return engine.deepspeed.optimizer.fp32_partitioned_groups_flat
-    return [p for group in _base_optimizer(engine).param_groups for p in group["params"]]
+        return [(flat, False) for flat in engine.deepspeed.optimizer.fp32_partitioned_groups_flat]
+    groups = _base_optimizer(engine).param_groups
+    return [(p, bool(group.get("orthogonal"))) for group in groups for p in group["params"]]

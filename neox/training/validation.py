@@ -64,7 +64,7 @@ class Evaluator:
         count = torch.zeros((), device=mesh.device)
         if self.tokenizer is None:
             return count
-        for _, targets in batch.micro_batches:
+        for _, targets, _ in batch.micro_batches:
             for labels, weights in zip(targets.labels_BS, targets.weights_BS, strict=True):
                 count += len(self.tokenizer.detokenize(labels[weights > 0].tolist()))
         if mesh.data_size > 1:

@@ -44,9 +44,9 @@ def test_every_ready_model_can_be_counted(main, capsys):
     paths = [p for p in (ROOT / "configs").rglob("*.yml") if "padded_vocab_size" in p.read_text()]
     assert len(paths) >= len(PUBLISHED)
     for path in paths:
-        config = load_config([path]).model
         main([str(path), "--json"])
-        assert json.loads(capsys.readouterr().out)["total"] == count_parameters(config).total
+        figures = json.loads(capsys.readouterr().out)
+        assert figures["total"] == sum(figures["per_layer"].values()) > figures["non_embedding"] > 0
 
 
 def test_counts_by_hand():
@@ -59,6 +59,46 @@ def test_counts_by_hand():
     rotary = count_parameters(config_from_dict(rest | {"pos_emb": "rotary", "no_weight_tying": True}).model)
     assert rotary.per_layer == {0: 320, 2: block, 3: block, 5: 16, 6: 320}
     assert rotary.non_embedding == 2 * block + 16
+
+
+# Published numbers of parameters of the models' cards, by the shape and nothing else; the tests of the ready
+# configurations count the same from files.
+LLAMA = {"norm": "rmsnorm", "pos_emb": "rotary", "activation": "swiglu", "no_weight_tying": True}
+LLAMA |= {"use_bias_in_attn_linear": False, "use_bias_in_mlp": False}
+FAMILIES = {
+    "LLaMA-7B": (6_738_415_616, (32, 4096, 32, 32_000), LLAMA | {"intermediate_size": 3 * 11008}),
+    "Mistral-7B": (7_241_732_096, (32, 4096, 32, 32_000), LLAMA | {"intermediate_size": 3 * 14336, "num_kv_heads": 8}),
+    "Llama-3-8B": (8_030_261_248, (32, 4096, 32, 128_256), LLAMA | {"intermediate_size": 3 * 14336, "num_kv_heads": 8}),
+    "BLOOM-560M": (559_214_592, (24, 1024, 16, 250_880), {"pos_emb": "alibi", "embedding_norm": True}),
+    "OPT-1.3B": (
+        1_315_758_080,
+        (24, 2048, 32, 50_272),
+        {"pos_emb": "learned", "opt_pos_emb_offset": 2, "activation": "relu"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_have_the_published_size(name):
+    total, shape, keys = FAMILIES[name]
+    sizes = dict(zip(("num_layers", "hidden_size", "num_attention_heads", "padded_vocab_size"), shape, strict=True))
+    rest = {"seq_length": 2048, "train_micro_batch_size_per_gpu": 1}
+    assert count_parameters(config_from_dict(sizes | rest | keys).model).total == total
+
+
+def test_an_embedding_norm_is_no_embedding():
+    shape = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "seq_length": 16, "padded_vocab_size": 40}
+    shape |= {"train_micro_batch_size_per_gpu": 1}
+    without = count_parameters(config_from_dict(shape).model)
+    normed = count_parameters(config_from_dict(shape | {"embedding_norm": True}).model)
+    assert normed.non_embedding == without.non_embedding + 16
+    assert normed.per_layer[0] == without.per_layer[0] + 16
+    # A norm without parameters, and one shared by both branches, take up nothing.
+    bare = count_parameters(config_from_dict(shape | {"norm": "non_parametric_layernorm"}).model)
+    assert bare.total == without.total - 5 * 16
+    assert bare.per_layer.keys() == {0, 2, 3}
+    shared = count_parameters(config_from_dict(shape | {"gpt_j_residual": True, "gpt_j_tied": True}).model)
+    assert shared.total == without.total - 2 * 16
 
 
 def test_table_and_overrides(main, capsys):

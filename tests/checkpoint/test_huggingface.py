@@ -182,9 +182,11 @@ def test_a_tokenizer_without_that_form_is_refused():
         ({"pos_emb": "learned"}, "pos_emb: learned"),
         ({"pos_emb": "none"}, "pos_emb: none"),
         ({"use_bias_in_mlp": False}, "use_bias_in_mlp: false"),
+        ({"sliding_window_width": 8}, "sliding_window_width: 8; GPTNeoX has null only"),
+        ({"norm": "scalenorm"}, "norm: scalenorm; GPTNeoX has layernorm only"),
     ],
 )
-def test_what_gptneox_cannot_express_is_refused(tmp_path, keys, message):
+def test_what_transformers_cannot_express_is_refused(tmp_path, keys, message):
     config = model_of(**keys)
     with pytest.raises(CheckpointError, match=message):
         export_huggingface(RandomWeights(config), config, tmp_path / "out", dtype=torch.float32)
@@ -228,9 +230,16 @@ def test_folders_of_older_writers_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, "model_type is llama"),
-        ({"hidden_act": "relu"}, "hidden_act is relu"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "of type yarn"),
+        (
+            {"model_type": "gemma"},
+            "model_type is gemma; only gpt_neox, llama, mistral, falcon, opt, bloom, gpt2 can be read",
+        ),
+        ({"hidden_act": "quick_gelu"}, "hidden_act is quick_gelu"),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "of type longrope"),
+        ({"model_type": "llama"}, "partial_rotary_factor is 0.25; only 1 can be read"),
+        ({"model_type": "llama", "rope_parameters": {}, "head_dim": 16}, "head_dim is 16; only .* 8, can be read"),
+        ({"model_type": "falcon", "rope_parameters": {}, "alibi": True}, "alibi is True; only False can be read"),
+        ({"model_type": "opt", "ffn_dim": 64, "do_layer_norm_before": False}, "do_layer_norm_before is False"),
         ({"hidden_size": None}, "has no hidden_size"),
     ],
 )

@@ -18,7 +18,7 @@ from neox.model.build import build_decoder, meta_decoder
 from neox.model.loss import Targets
 
 LAYOUTS = ("seq", "pipe", "seq_tp2", "pipe_tp2", "pipe_pp2_tied")
-TP2_MODELS = ("pythia_like", "gpt2_default", "rotary_seqres_untied")
+TP2_MODELS = ("pythia_like", "gpt2_default", "rotary_seqres_untied", "alibi", "llama_gqa", "llama_mha")
 
 
 def loss_of(model, tokens):
@@ -81,6 +81,17 @@ def test_weights_after_training_give_upstreams_logits():
     assert np.abs(logits.detach().numpy() - arrays["logits"]).max() <= 1e-5
     assert reader.iteration == 5
     assert reader.arguments["padded_vocab_size"] == reader.padded_vocab_size == 512
+
+
+def test_grouped_heads_and_gates_are_read():
+    folder = GOLDENS / "e_llama_gqa"
+    reader = open_checkpoint(folder / "ckpt")
+    config = load_config([folder / "e_llama_gqa.yml"]).with_vocabulary(reader.padded_vocab_size)
+    assert reader.shapes()["layers.2.attention.query_key_value.weight"] == (128, 64)
+    assert set(reader.names()) == set(dict(meta_decoder(config.model).named_parameters()))
+    arrays = np.load(folder / "logits.npz")
+    logits = build_decoder(config.model, source=reader.weight)(torch.from_numpy(arrays["input_ids"]))
+    assert np.abs(logits.detach().numpy() - arrays["logits"]).max() <= 1e-5
 
 
 def test_initial_weights_give_upstreams_first_loss():
@@ -297,9 +308,12 @@ def test_missing_files_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sequential.2.input_layernorm.scale": (32,)}, "layer 2 holds input_layernorm.scale"),
-        ({"sequential.2.attention.query_key_value.weight": (64, 32)}, "grouped-query"),
-        ({"sequential.3.mlp.linear1.weight": (256, 32)}, "gated"),
+        ({"sequential.2.input_layernorm.gamma": (32,)}, "layer 2 holds input_layernorm.gamma"),
+        (
+            {"sequential.2.attention.query_key_value.weight": (128, 32)},
+            "128 rows, which are no queries",
+        ),
+        ({"sequential.3.mlp.linear1.weight": (192, 32)}, "192 rows for the 128 columns of linear2"),
     ],
 )
 def test_other_architectures_are_refused_by_name(tmp_path, change, message):

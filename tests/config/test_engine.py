@@ -6,7 +6,7 @@ import pytest
 from config.config_samples import sample
 
 from neox.config import config_from_dict, deepspeed_dict
-from neox.config.deepspeed import BF16_KEYS, FP16_KEYS, ZERO_KEYS
+from neox.config.deepspeed import BF16_KEYS, FP16_KEYS, SECTIONS, ZERO_KEYS
 from neox.errors import ConfigError
 
 
@@ -79,8 +79,8 @@ def test_sections_are_passed_on() -> None:
     profiler = {"enabled": True, "profile_step": 3}
     assert engine(flops_profiler=profiler, comms_logger={"enabled": False})["flops_profiler"] == profiler
     assert engine(fp32_allreduce=True)["communication_data_type"] == "fp32"
-    with pytest.raises(ConfigError, match="fp32_allreduce: not supported yet with model_parallel_size above 1"):
-        engine(world_size=2, fp32_allreduce=True, model_parallel_size=2)
+    config = config_from_dict(sample(fp32_allreduce=True, model_parallel_size=2, precision="bfloat16"), world_size=2)
+    assert "fp32_allreduce: gradients are reduced in fp32; sums over tensor ranks stay in bfloat16" in config.notices
 
 
 def test_extra_arguments_merge_and_may_not_contradict() -> None:
@@ -107,13 +107,107 @@ def test_world_size_must_be_known() -> None:
         deepspeed_dict(config_from_dict(sample(), world_size=None))
 
 
+def test_a_log_of_communication_that_is_off_is_not_there() -> None:
+    # DeepSpeed takes the section's presence for a wish.
+    assert "comms_logger" not in engine(comms_logger={"enabled": False, "verbose": True})
+    assert engine(comms_logger={"enabled": True})["comms_logger"] == {"enabled": True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"comms_logger": {"enable": True}}, "comms_logger.enable: unknown key; did you mean 'enabled'?"),
+        ({"csv_monitor": {"enabled": "yes"}}, "csv_monitor.enabled: expected true or false, got 'yes'"),
+        (
+            {"flops_profiler": {"enabled": True, "profil_step": 3}},
+            "flops_profiler.profil_step: unknown key; did you mean 'profile_step'?",
+        ),
+        (
+            {"zero_optimization": {"stage": 1, "reduce_bucket_size": "big"}},
+            "zero_optimization.reduce_bucket_size: expected an integer, got 'big'",
+        ),
+        (
+            {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "gpu"}}},
+            "zero_optimization.offload_optimizer.device: expected 'none' or 'cpu' or 'nvme', got 'gpu'",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"devise": "cpu"}}},
+            "zero_optimization.offload_param.devise: unknown key; did you mean 'device'?",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+            "zero_optimization.offload_param: needs stage 3, got 2; set stage: 3, or remove it",
+        ),
+        (
+            {"zero_optimization": {"cpu_offload": True}},
+            "zero_optimization.cpu_offload: needs stage 1, 2 or 3, got 0; set stage: 1, or remove it",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "zero_quantized_gradients": True}},
+            "zero_optimization.zero_quantized_gradients: needs stage 3, got 2; set stage: 3, or remove it",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 3}},
+            "zero_optimization.zero_hpz_partition_size: 3 does not divide 2 processes; set a divisor",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}, "model_parallel_size": 2},
+            "zero_optimization.zero_hpz_partition_size: 2 needs model_parallel_size 1, got 2; remove one of them",
+        ),
+        ({"data_types": {"grad_accum_dtype": "int8"}}, "data_types.grad_accum_dtype: expected 'fp32' or 'fp16' or"),
+        ({"amp": {"enabled": True}}, "amp: {'enabled': True} is not supported yet (Mixed precision by apex; set"),
+        ({"elasticity": {"enabled": True}}, "elasticity: {'enabled': True} is not supported yet (DeepSpeed's elastic"),
+        ({"autotuning_run": "tune"}, "autotuning_run: 'tune' is not supported yet (DeepSpeed's autotuner; compare"),
+        ({"scheduler": {"type": "WarmupLR"}}, "scheduler: {'type': 'WarmupLR'} is not supported yet"),
+        ({"profile": True, "profile_step_stop": 10}, "profile_step_stop: 10 is not after profile_step_start 10"),
+    ],
+)
+def test_mistakes_in_the_sections_are_one_line(changes: dict[str, Any], line: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        config_from_dict(sample(**changes), world_size=2)
+    assert str(error.value).startswith(line)
+    assert "\n" not in str(error.value)
+
+
+def test_what_changes_no_result_is_accepted_with_one_line_each() -> None:
+    changes = {
+        "activation_checkpointing": {"partition_activations": True},
+        "checkpoint": {"load_universal": True},
+        "sparse_gradients": True,
+        "profile_backward": True,
+    }
+    config = config_from_dict(sample(**changes))
+    assert [notice.partition(" ")[0] for notice in config.notices] == list(changes)
+    assert not changes.keys() & deepspeed_dict(config).keys()
+    assert not config_from_dict(sample(sparse_gradients=False, checkpoint={}, autotuning={"enabled": False})).notices
+
+
 def test_names_match_the_installed_deepspeed() -> None:
     precision = pytest.importorskip("deepspeed.runtime.precision_config")
     zero = pytest.importorskip("deepspeed.runtime.zero.config")
+    offload = pytest.importorskip("deepspeed.runtime.zero.offload_config")
+    comm = pytest.importorskip("deepspeed.comm.config")
+    monitor = pytest.importorskip("deepspeed.monitor.config")
     for model, known in (
         (zero.DeepSpeedZeroConfig, ZERO_KEYS),
         (precision.DeepSpeedFP16Config, FP16_KEYS),
         (precision.DeepSpeedBF16Config, BF16_KEYS),
+        (offload.DeepSpeedZeroOffloadOptimizerConfig, SECTIONS["zero_optimization.offload_optimizer"].keys()),
+        (offload.DeepSpeedZeroOffloadParamConfig, SECTIONS["zero_optimization.offload_param"].keys()),
+        (comm.CommsLoggerConfig, SECTIONS["comms_logger"].keys()),
+        (monitor.TensorBoardConfig, SECTIONS["tensorboard"].keys()),
+        (monitor.WandbConfig, SECTIONS["wandb"].keys()),
+        (monitor.CSVConfig, SECTIONS["csv_monitor"].keys()),
     ):
         fields = model.model_fields
         assert known == set(fields) | {field.alias for field in fields.values() if field.alias}
+    options = pytest.importorskip("deepspeed.profiling.config").DeepSpeedFlopsProfilerConfig({})
+    assert SECTIONS["flops_profiler"].keys() == vars(options).keys()
+
+
+def test_types_match_the_installed_deepspeed() -> None:
+    zero = pytest.importorskip("deepspeed.runtime.zero.config")
+    for name, field in zero.DeepSpeedZeroConfig.model_fields.items():
+        kind = SECTIONS["zero_optimization"][name]
+        if name != "stage":
+            assert kind is dict or kind.__name__ in str(field.annotation), name

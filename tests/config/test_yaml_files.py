@@ -68,7 +68,13 @@ def test_quoted_number_for_a_float(model_file: Path, tmp_path: Path) -> None:
     ("line", "expected"),
     [
         ("train_iters: abc", "train_iters: expected an integer, got 'abc'"),
-        ("train_iters: '12'", "train_iters: expected an integer, got '12'"),
+        ("train_iters: '12'", "train_iters: expected an integer, got '12'; write 12"),
+        ("min_lr: 1.0e_8", "min_lr: expected a number, got '1.0e_8'; write 1.0e-8"),
+        ("min_lr: 3e-4f", "min_lr: expected a number, got '3e-4f'; write it like 1.5, 3e-4 or 1000"),
+        ("train_iters: 1_000e5x", "train_iters: expected an integer, got '1_000e5x'; write it like 1.5, 3e-4 or 1000"),
+        ("min_lr: .inf", "min_lr: expected a finite number, got inf"),
+        ("train_iters: !!int abc", "train_iters: 'abc' is no int"),
+        ("hysteresis: 2x", "hysteresis: expected an integer, got '2x'; write it like 1.5, 3e-4 or 1000"),
         ("train_iters: true", "train_iters: expected an integer, got True"),
         ("train_iters: 1.5", "train_iters: expected an integer, got 1.5"),
         ("min_lr: yes", "min_lr: expected a number, got True"),
@@ -108,9 +114,35 @@ def test_unknown_key_names_the_nearest(model_file: Path, tmp_path: Path, key: st
 
 
 def test_all_mistakes_are_told_at_once(model_file: Path, tmp_path: Path) -> None:
-    path = write(tmp_path, "bad.yml", "nonsense: 1\ntrain_iters: x\nnorm: rmsnorm\nmoe_num_experts: 8\n")
-    lines = failure(model_file, path)
-    assert [line.split(":")[1] for line in sorted(lines)] == ["1", "2", "3", "4"]
+    text = "nonsense: 1\ntrain_iters: x\nlr_decay_style: fish\nmoe_num_experts: 8\nnum_kv_heads: 3\nsave: here\n"
+    path = write(tmp_path, "bad.yml", text)
+    other = write(tmp_path, "other.yml", "min_lr: 1\nhidden_size: 65\nnum_layers: 2\n")
+    lines = failure(model_file, path, other, overrides=("bf16.enabled=true", "precision=fp16"))
+    assert sorted(lines) == sorted([
+        f"{path}:1: nonsense: unknown key; remove it",
+        f"{path}:2: train_iters: expected an integer, got 'x'",
+        f"{path}:3: lr_decay_style: 'fish' is unknown; supported: 'constant', 'linear', 'cosine', 'exponential', "
+        "'inverse_sqrt' or 'wsd'",
+        f"{path}:4: moe_num_experts: 8 is not supported yet (Experts of a layer); remove the key or set it to 1",
+        f"{path}:5: num_kv_heads: num_attention_heads 4 is not divisible by 3; nearest that works: 2",
+        f"{path}:6: save: set without checkpoint_factor or extra_save_iters; add checkpoint_factor: 1000",
+        f"{other}:1: min_lr: 1 is above optimizer.params.lr 0.0003; lower it",
+        f"{other}:2: hidden_size: set to 65 here and to 64 at {model_file}:3; keep one of them",
+        "command line: bf16.enabled: contradicts precision 'fp16'; set precision: bfloat16",
+    ])  # fmt: skip
+
+
+def test_a_rule_ends_where_it_reads_a_wrong_value(tmp_path: Path) -> None:
+    """What else is wrong is told; nothing is told that follows from the wrong value."""
+    text = "num_layers: 2\nhidden_size: wide\nnum_attention_heads: 4\nseq_length: 32\nmodel_parallel_size: 3\n"
+    path = write(
+        tmp_path, "a.yml", text + "optimizer: {type: Adam, params: {lr: -1}}\ndata_path: a\ntest_data_paths: [b]\n"
+    )
+    assert failure(path) == [
+        f"{path}:2: hidden_size: expected an integer, got 'wide'",
+        f"{path}:6: optimizer.params.lr: expected a finite number, at least 0, got -1",
+        f"{path}:7: data_path: set together with test_data_paths; keep one of them",
+    ]
 
 
 def test_key_in_two_files(model_file: Path, tmp_path: Path) -> None:
@@ -126,8 +158,10 @@ def test_key_in_two_files(model_file: Path, tmp_path: Path) -> None:
 
 def test_key_twice_in_one_file(tmp_path: Path) -> None:
     path = write(tmp_path, "twice.yml", MODEL.replace('"seq-length": 32,', '"seq-length": 32,\n"seq_length": 32,'))
+    assert load_config([path]).model.seq_length == 32
+    path = write(tmp_path, "twice.yml", MODEL.replace('"seq-length": 32,', '"seq-length": 32,\n"seq_length": 64,'))
     assert failure(path) == [f"{path}:6: seq_length: already set at {path}:5; keep one of them"]
-    path = write(tmp_path, "inner.yml", MODEL.replace('"lr": 3e-4,', '"lr": 3e-4, "lr": 3e-4,'))
+    path = write(tmp_path, "inner.yml", MODEL.replace('"lr": 3e-4,', '"lr": 3e-4, "lr": 4e-4,'))
     assert failure(path) == [f"{path}:8: optimizer.params.lr: already set at {path}:8; keep one of them"]
 
 
@@ -177,6 +211,67 @@ def test_broken_yaml(tmp_path: Path, text: str, message: str) -> None:
     lines = failure(path)
     assert len(lines) == 1
     assert lines[0].startswith(f"{path}{message}")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: " + "[" * 60 + "]" * 60, "nested too deeply"),
+        ("a: " + "[" * 300_000, "nested too deeply"),
+        ("a: &a [*a]\n", "nested too deeply"),
+        ("a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+            f"{new}: &{new} [{', '.join([f'*{old}'] * 10)}]\n" for old, new in zip("abcdef", "bcdefg", strict=True)
+        ), "too many values"),
+        ("? [a, b]\n: 1\n", "expected a key, got a list or mapping"),
+        ("seed: " + "9" * 5000, "is no int"),
+        ("seed: *nothing", "found undefined alias"),
+    ],
+    ids=["deep", "deeper", "endless", "explosive", "odd key", "digits", "alias"],
+)  # fmt: skip
+def test_hostile_yaml(tmp_path: Path, text: str, message: str) -> None:
+    path = write(tmp_path, "hostile.yml", text)
+    lines = failure(path)
+    assert [line for line in lines if message in line and line.startswith(str(path))]
+
+
+BASE = "num_layers: 2\nhidden_size: 64\nnum_attention_heads: 4\nseq_length: 32\n"
+OPTIMIZER = "optimizer: {type: Adam, params: {lr: 1e-3, betas: [0.9, 0.95]}}\nextra_save_iters: [1, 2]\n"
+
+
+def test_override_files_replace_and_tell(tmp_path: Path) -> None:
+    base = write(tmp_path, "base.yml", BASE + OPTIMIZER + "seed: 7\n")
+    one = write(
+        tmp_path, "one.yml", "optimizer: {params: {lr: 1e-4, betas: null, eps: 1e-6}}\nnum-layers: 3\nseed: 7\n"
+    )
+    two = write(tmp_path, "two.yml", "num_layers: 4\nextra_save_iters: [3]\nweight_decay: 0\nseed: null\n")
+    config = load_config([base], override_files=[one, two], overrides=["weight_decay=0.5"])
+    assert config.optimizer.lr == 1e-4
+    assert config.optimizer.params == {"betas": [0.9, 0.999], "eps": 1e-6}
+    assert (config.model.num_layers, config.training.seed) == (4, 1234)
+    assert config.checkpoint.extra_save_iters == (3,)
+    assert config.optimizer.weight_decay == 0.5
+    assert config.replaced == (
+        f"optimizer.params.lr: 0.001 ({base}:5) -> 0.0001 ({one}:1)",
+        f"optimizer.params.betas: [0.9, 0.95] ({base}:5) -> None ({one}:1)",
+        f"num_layers: 2 ({base}:1) -> 3 ({one}:2)",
+        f"num_layers: 3 ({one}:2) -> 4 ({two}:1)",
+        f"extra_save_iters: [1, 2] ({base}:6) -> [3] ({two}:2)",
+        f"seed: 7 ({one}:3) -> None ({two}:4)",
+    )
+    assert config.notices[: len(config.replaced)] == config.replaced
+    assert config.with_world_size(2).notices[: len(config.replaced)] == config.replaced
+    assert config.sources["optimizer.params.eps"] == f"{one}:1"
+    assert config.sources["num_layers"] == f"{two}:1"
+    assert set(config.files) == {"base.yml", "one.yml", "two.yml"}
+
+
+def test_override_file_settles_a_contradiction(tmp_path: Path) -> None:
+    base = write(tmp_path, "base.yml", BASE)
+    other = write(tmp_path, "other.yml", "num_layers: 3\n")
+    over = write(tmp_path, "over.yml", "num_layers: 5\n")
+    assert load_config([base, other], override_files=[over]).model.num_layers == 5
+    with pytest.raises(ConfigError, match=r"over\.yml:1: num_layers: expected an integer, got 'x'"):
+        load_config([base], override_files=[write(tmp_path, "over.yml", "num_layers: x\n")])
 
 
 def test_not_text(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ import yaml
 
 from neox.errors import LaunchError
 from neox.launch.arguments import Arguments, parse_arguments
+from neox.launch.environment import Placement
+from neox.launch.reporting import print_notices
 
 
 def overrides(arguments):
@@ -136,3 +138,29 @@ def test_help_shows_how_to_launch(script, capsys):
         "mpirun -n 16",
     ):
         assert command in shown
+
+
+def test_override_files_and_loading(tmp_path):
+    (tmp_path / "base.yml").write_text(
+        "{num_layers: 2, hidden_size: 8, num_attention_heads: 2, seq_length: 4, seed: 5}"
+    )
+    (tmp_path / "over.yml").write_text("{seed: 6}")
+    arguments = parse_arguments(
+        "train", ["-d", str(tmp_path), "base", "--override", "over", "hidden_size=16", "--override", "over.yml"]
+    )
+    assert arguments.override_files == ["over", "over.yml"]
+    assert arguments.overrides == ["hidden_size=16"]
+    config = arguments.load(world_size=2)
+    assert (config.training.seed, config.model.hidden_size, config.parallel.world_size) == (6, 16, 2)
+    assert config.replaced == (f"seed: 5 ({tmp_path / 'base.yml'}:1) -> 6 ({tmp_path / 'over.yml'}:1)",)
+
+
+@pytest.mark.parametrize(
+    ("rank", "launcher", "prints"),
+    [(None, "", True), (0, "torchrun", True), (1, "torchrun", False), (0, "local", False), (1, "local", False)],
+)
+def test_notices_are_printed_once_for_a_run(rank, launcher, prints, capsys):
+    """By whoever starts the workers, or by rank 0 where something else does."""
+    placement = None if rank is None else Placement(rank, rank, 2, 2, "localhost", 29500, launcher)
+    print_notices(["a notice"], placement)
+    assert capsys.readouterr().err == ("a notice\n" if prints else "")

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import pytest
 import torch
 from ranks import run_ranks
 from training.layouts import ADAMW, MODEL, TRAINING
@@ -81,25 +80,3 @@ def test_recomputed_blocks_repeat_their_masks() -> None:
         gradients.append(model.embedding.word_embeddings.weight.grad)
     assert torch.equal(gradients[0], gradients[1])
     assert gradients[0].abs().max() > 0
-
-
-@pytest.mark.parametrize("tensor_size", [2, 4])
-def test_shards_join_to_the_whole(tensor_size: int) -> None:
-    from neox.parallel.splits import join_shards, take_shard
-
-    torch.manual_seed(0)
-    shapes = {
-        "layers.0.word_embeddings.weight": (131, 8),
-        "layers.2.attention.query_key_value.weight": (96, 32),
-        "layers.2.attention.dense.weight": (32, 32),
-        "layers.2.attention.dense.bias": (32,),
-        "layers.2.mlp.linear1.bias": (64,),
-        "layers.2.input_layernorm.weight": (32,),
-        "layers.6.final_linear.weight": (131, 8),
-    }
-    for name, shape in shapes.items():
-        whole = torch.randn(*shape)
-        shards = [take_shard(name, whole, rank=r, size=tensor_size) for r in range(tensor_size)]
-        assert torch.equal(join_shards(name, shards, shape=whole.shape), whole)
-    with pytest.raises(ValueError, match="does not divide"):
-        take_shard("layers.2.mlp.linear1.bias", torch.zeros(63), rank=0, size=2)

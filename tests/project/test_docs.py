@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from neox.config import load_config, resolve_config_paths
+from neox.config import load_config
 from neox.config.__main__ import main as config_command
 from neox.config.requirements import check_training
 from neox.config.schema import fields_with_keys, known_keys
@@ -159,8 +159,7 @@ def test_script_arguments_parse_and_the_configuration_is_valid(
     script, words = script_of(command)  # type: ignore[misc]
     name = script.removesuffix(".py")
     arguments = parse_arguments(name, words)  # type: ignore[arg-type]
-    files = resolve_config_paths(arguments.files, arguments.config_dir)
-    config = load_config(files, overrides=arguments.overrides)
+    config = arguments.load()
     unit = config.parallel.pipeline_stages * config.parallel.model_parallel_size
     if name == "train":
         # 20B's batch is a multiple of 12 copies, the others' of 8.
@@ -240,7 +239,8 @@ def test_named_files_are_there(page: Path) -> None:
 def reported_metrics() -> set[str]:
     """Names of metrics in the code that reports them."""
     training = ROOT / "neox" / "training"
-    text = "".join((training / name).read_text(encoding="utf-8") for name in ("callbacks.py", "throughput.py"))
+    sources = ("callbacks.py", "monitors.py", "throughput.py")
+    text = "".join((training / name).read_text(encoding="utf-8") for name in sources)
     names = set(re.findall(r'"((?:train|runtime)/\w+)"', text))
     figures = re.findall(r'"(lm_loss\w*)"', (training / "validation.py").read_text(encoding="utf-8"))
     assert names
@@ -264,7 +264,13 @@ def test_keys_in_the_pages_are_keys() -> None:
 def test_readme_refuses_what_the_configuration_refuses() -> None:
     """The table of the README and the code agree on a few that people will look for."""
     base = ROOT / "configs" / "small.yml"
-    for override in ("num_kv_heads=4", "norm=rmsnorm", "activation=swiglu", "pos_emb=alibi", "moe_num_experts=8"):
+    for override in (
+        "moe_num_experts=8",
+        "attention_config=[[[mamba], 12]]",
+        "use_mup=true",
+        "train_impl=dpo",
+        "pos_emb=rpe",
+    ):
         with pytest.raises(Exception, match="not supported yet"):
             load_config([base], overrides=[override])
 

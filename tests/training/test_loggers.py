@@ -28,13 +28,16 @@ TRAIN = {
 
 @pytest.fixture
 def config(tmp_path):
-    def build(*, save=None, log_dir=None, tensorboard_dir=None, use_wandb=False):
+    def build(*, save=None, log_dir=None, tensorboard_dir=None, use_wandb=False, all_ranks=False, comet=None):
         names = ("wandb_project", "wandb_team", "wandb_group", "wandb_run_name", "wandb_host")
         values = ("neox", "eleuther", "sweep", "run1", "https://wandb.example.org")
         logging = SimpleNamespace(
             log_dir=log_dir,
             tensorboard_dir=tensorboard_dir,
             use_wandb=use_wandb,
+            wandb_init_all_ranks=all_ranks,
+            use_comet=comet is not None,
+            **(comet or {}),
             **dict(zip(names, values, strict=True)),
         )
         return SimpleNamespace(
@@ -94,7 +97,7 @@ def test_console_line_with_utilization_and_other_objectives():
         "runtime/model_flops_utilization": 0.41,
         "runtime/hardware_flops_utilization": 0.5,
     }
-    (line,) = console_lines(3, None, metrics | {"timers/forward": 1.0})
+    (line,) = console_lines(3, None, metrics | {"parameter_norms/x": 1.0})
     assert line == " iteration        3 | MFU: 41.0% | HFU: 50.0% | margin: 5.000000E-01 |"
 
 
@@ -105,7 +108,9 @@ def test_console_lines_of_evaluations():
         " test results at iteration 20 | lm_loss: NAN |",
     ]
     assert len(console_lines(20, 100, metrics | TRAIN)) == 3
-    assert console_lines(20, 100, {"timers/forward": 1.0}) == []
+    timers = {"timers/forward": 0.25, "timers/batch generator": 1e-5}
+    assert console_lines(20, 100, timers) == ["time (ms) | forward: 250.00 | batch generator: 0.01"]
+    assert console_lines(20, 100, {"gradient_norms/layers.2.mlp.linear1.weight": 1.0}) == []
 
 
 def test_lines_or_bar(monkeypatch):
@@ -255,6 +260,67 @@ def test_wandb_refusal_is_one_line(config, monkeypatch):
     with pytest.raises(ConfigError) as error:
         MetricLog.from_config(config(save="c", use_wandb=True), rank=0, environ={})
     assert str(error.value).startswith("Weights & Biases: api_key not configured (no-tty).: run `wandb login`")
+    assert "\n" not in str(error.value)
+
+
+def test_wandb_runs_of_all_ranks(config, monkeypatch):
+    for rank in range(2):
+        wandb = FakeWandb()
+        monkeypatch.setitem(sys.modules, "wandb", wandb)
+        settings = config(save="c", use_wandb=True, all_ranks=True)
+        with MetricLog.from_config(settings, rank=rank, environ={}) as log:
+            log.log(3, {"train/lm_loss": 2.0})
+        assert (wandb.settings["name"], wandb.settings["group"]) == (f"run1-rank{rank}", "sweep")
+        assert wandb.logged == [(3, {"train/lm_loss": 2.0})]
+        assert len(log.sinks) == (3 if rank == 0 else 1)
+
+
+COMET = {
+    "comet_workspace": "team",
+    "comet_project": "neox",
+    "comet_experiment_name": "run1",
+    "comet_tags": ("a", "b"),
+    "comet_others": {"cluster": "x"},
+}
+
+
+def test_comet(config, monkeypatch):
+    calls = []
+
+    class Experiment:
+        def __getattr__(self, name):
+            return lambda *values, **options: calls.append((name, *values, *options.values()))
+
+    comet = ModuleType("comet_ml")
+    comet.start = lambda **settings: calls.append(("start", settings)) or Experiment()
+    monkeypatch.setitem(sys.modules, "comet_ml", comet)
+    with MetricLog.from_config(config(save="c", comet=COMET), rank=0, environ={"NETRC": "none"}) as log:
+        log.log(3, {"train/lm_loss": 2.0})
+    assert calls == [
+        ("start", {"workspace": "team", "project": "neox"}),
+        ("set_name", "run1"),
+        ("add_tags", ["a", "b"]),
+        ("log_others", {"cluster": "x"}),
+        ("log_parameters", {"num_layers": 2}),
+        ("log_metrics", {"train/lm_loss": 2.0}, 3),
+        ("end",),
+    ]
+
+
+def test_comet_that_is_missing_or_refuses(config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "comet_ml", None)
+    with pytest.raises(ConfigError, match="use_comet is set but comet_ml is not installed: pip install comet_ml"):
+        MetricLog.from_config(config(save="c", comet=COMET), rank=0, environ={})
+
+    def refuse(**_):
+        raise ValueError("no API key.\nmore lines")
+
+    comet = ModuleType("comet_ml")
+    comet.start = refuse
+    monkeypatch.setitem(sys.modules, "comet_ml", comet)
+    with pytest.raises(ConfigError) as error:
+        MetricLog.from_config(config(save="c", comet=COMET), rank=0, environ={})
+    assert str(error.value).startswith("Comet: no API key.: set COMET_API_KEY")
     assert "\n" not in str(error.value)
 
 

@@ -8,12 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 
+from neox.config import config_from_dict
+from neox.config.learning_rate import learning_rate
 from neox.errors import CheckpointError, ConfigError
-from neox.training.schedule import LRSchedule, learning_rate
+from neox.training.schedule import LRSchedule
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 GOLDEN = json.loads((DATA / "lr_schedules.json").read_text())
-STYLES = ("constant", "linear", "cosine", "exponential", "inverse_sqrt")
+STYLES = ("constant", "linear", "cosine", "exponential", "inverse_sqrt", "wsd")
 
 
 def schedule(style="cosine", *, warmup=10.0, horizon=100, peak=3e-4, minimum=3e-5):
@@ -60,10 +62,58 @@ def test_never_above_the_peak_and_never_rising_after_it(style, warmup, minimum):
     assert min(after) >= minimum
 
 
-@pytest.mark.parametrize("style", ["linear", "cosine"])
+@pytest.mark.parametrize("style", ["linear", "cosine", "wsd"])
 def test_stays_at_the_minimum_after_the_end(style):
     rates = [schedule(style).lr_at(step) for step in range(100, 300)]
     assert rates == [3e-5] * 200
+
+
+# With peak 1, minimum 0.1, warmup 20 and horizon 100: the rate after 0 (counts as 1), 20, 60, 100 and 101 steps.
+# The middle of the decay is x = 1/2; wsd decays over the last 40 steps, of which at 90 three quarters are over.
+CLOSED_FORMS = {
+    ("constant", ""): {0: 1 / 20, 20: 1, 60: 1, 100: 1, 101: 1},
+    ("linear", ""): {0: 1 / 20, 20: 1, 60: 1 / 2, 100: 0.1, 101: 0.1},
+    ("cosine", ""): {0: 1 / 20, 20: 1, 60: 0.55, 100: 0.1, 101: 0.1},
+    ("exponential", ""): {
+        0: 1 / 20,
+        20: 1,
+        60: math.exp(-0.3465),
+        100: math.exp(-0.693),
+        101: math.exp(-0.693 * 81 / 80),
+    },
+    ("inverse_sqrt", ""): {0: 1 / 20, 20: 1, 60: 3**-0.5, 100: 5**-0.5, 101: (20 / 101) ** 0.5},
+    ("wsd", "linear"): {0: 1 / 20, 20: 1, 60: 1, 80: 0.55, 90: 0.325, 100: 0.1, 101: 0.1},
+    ("wsd", "cosine"): {0: 1 / 20, 20: 1, 60: 1, 80: 0.55, 90: 0.1 + 0.45 * (1 - 2**-0.5), 100: 0.1, 101: 0.1},
+    ("wsd", "1-sqrt"): {0: 1 / 20, 20: 1, 60: 1, 70: 0.55, 80: 1 - 0.9 * 2**-0.5, 100: 0.1, 101: 0.1},
+}
+
+
+@pytest.mark.parametrize(("style", "shape"), CLOSED_FORMS)
+def test_closed_form_and_after_resume(style, shape):
+    extra = {"decay_fraction": 0.4, "decay_shape": shape} if shape else {}
+    run = LRSchedule(peak=1.0, minimum=0.1, style=style, warmup=20.0, horizon=100, **extra)
+    # What a checkpoint says goes through JSON; the configuration that takes it up says something else.
+    saved = json.loads(json.dumps(run.state_dict(60)))
+    choice = {"override_lr_scheduler": False, "use_checkpoint_lr_scheduler": True}
+    resumed = schedule("constant").reconcile(saved, **choice)
+    assert resumed == run
+    for step, expected in CLOSED_FORMS[style, shape].items():
+        assert run.lr_at(step) == pytest.approx(expected, rel=1e-12)
+        assert resumed.lr_at(step) == run.lr_at(step)
+
+
+def test_checkpoints_hold_the_decay_of_wsd():
+    run = LRSchedule(peak=1.0, minimum=0.1, style="wsd", warmup=20.0, horizon=100, decay_shape="linear")
+    saved = run.state_dict(5)
+    assert saved["wsd_decay_fraction"] == 0.1
+    flags = {"override_lr_scheduler": False, "use_checkpoint_lr_scheduler": False}
+    assert run.reconcile(saved, **flags) == run
+    other = LRSchedule(peak=1.0, minimum=0.1, style="wsd", warmup=20.0, horizon=100, decay_shape="cosine")
+    with pytest.raises(CheckpointError, match="wsd_decay_shape is cosine in the config, linear in the checkpoint"):
+        other.reconcile(saved, **flags)
+    del saved["wsd_decay_shape"]
+    with pytest.raises(CheckpointError, match="lacks wsd_decay_shape"):
+        run.reconcile(saved, **flags)
 
 
 def test_inverse_sqrt_quarters_the_squared_rate():
@@ -73,14 +123,19 @@ def test_inverse_sqrt_quarters_the_squared_rate():
     assert decay.lr_at(2500) == pytest.approx(3e-5)
 
 
+WSD = {"wsd_decay_fraction": 0.1, "wsd_decay_shape": "1-sqrt"}
+
+
 def config(**changes):
-    section = SimpleNamespace(min_lr=1e-5, lr_decay_style="linear", warmup=0.01, lr_decay_iters=400)
+    section = SimpleNamespace(min_lr=1e-5, lr_decay_style="linear", warmup=0.01, lr_decay_iters=400, **WSD)
     vars(section).update(changes)
     return SimpleNamespace(optimizer=SimpleNamespace(lr=1e-3), schedule=section)
 
 
 def test_from_config():
     assert LRSchedule.from_config(config()) == LRSchedule(1e-3, 1e-5, "linear", 4.0, 400)
+    wsd = config(lr_decay_style="wsd", wsd_decay_fraction=0.25, wsd_decay_shape="cosine")
+    assert LRSchedule.from_config(wsd) == LRSchedule(1e-3, 1e-5, "wsd", 4.0, 400, 0.25, "cosine")
     with pytest.raises(ConfigError, match="train_iters or lr_decay_iters"):
         LRSchedule.from_config(config(lr_decay_iters=None))
 
@@ -120,3 +175,17 @@ def test_reconcile_refuses_both_choices_and_broken_states():
         schedule().reconcile({}, override_lr_scheduler=True, use_checkpoint_lr_scheduler=True)
     with pytest.raises(CheckpointError, match="lacks warmup_iter, decay_style, end_iter, min_lr"):
         schedule().reconcile({"start_lr": 1.0}, override_lr_scheduler=False, use_checkpoint_lr_scheduler=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"wsd_decay_fraction": 0.2}, "wsd_decay_fraction: is for lr_decay_style wsd, and that is linear"),
+        ({"lr_decay_style": "wsd", "wsd_decay_shape": "sqrt"}, "'sqrt' is unknown"),
+        ({"lr_decay_style": "wsd", "wsd_decay_fraction": 0.5, "warmup": 0.6}, "are more than the whole"),
+    ],
+)
+def test_settings_that_make_no_schedule(changes, words):
+    small = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "seq_length": 32}
+    with pytest.raises(ConfigError, match=words):
+        config_from_dict(small | {"max_position_embeddings": 32, "train_iters": 100} | changes, world_size=1)

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,21 +9,24 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from neox.config import config_from_dict
-from neox.model.block import TransformerBlock
 from neox.model.flops import TokenFlops, flops_per_token
+from neox.model.layers import Decoder
 from neox.training.throughput import Throughput, device_peak_tflops
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 
 
-def shapes(*, layers, hidden, sequence, vocabulary, feed_forward=None):
-    return SimpleNamespace(
-        num_layers=layers,
-        hidden_size=hidden,
-        intermediate_size=feed_forward or 4 * hidden,
-        seq_length=sequence,
-        padded_vocab_size=vocabulary,
-    )
+def shapes(*, layers, hidden, sequence, vocabulary, feed_forward=None, heads=1, **keys):
+    flat = {
+        "num_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "intermediate_size": feed_forward,
+        "seq_length": sequence,
+        "padded_vocab_size": vocabulary,
+        "train_micro_batch_size_per_gpu": 1,
+    }
+    return config_from_dict(flat | keys).model
 
 
 SMALL = shapes(layers=12, hidden=768, sequence=2048, vocabulary=50304)
@@ -122,27 +124,39 @@ def test_counted_product_by_product():
     assert (causal.backward, causal.model) == (2 * causal.forward, 3 * causal.forward)
 
 
-def test_torch_counts_the_same_products():
-    config = config_from_dict(
-        {
-            "num_layers": 1,
-            "hidden_size": 64,
-            "num_attention_heads": 4,
-            "seq_length": 32,
-            "max_position_embeddings": 32,
-            "padded_vocab_size": 128,
-            "pos_emb": "rotary",
-        }
-    ).model
-    block, x = TransformerBlock(config), torch.randn(2, 32, 64, requires_grad=True)
+FAMILIES = {
+    "gpt": {},
+    "gpt_j": {"gpt_j_residual": True, "gpt_j_tied": True, "pos_emb": "rotary", "rotary_pct": 0.5},
+    "llama": {"norm": "rmsnorm", "activation": "swiglu", "feed_forward": 192, "use_bias_in_mlp": False},
+    "gqa": {"num_kv_heads": 2, "activation": "geglu", "pos_emb": "rotary"},
+    "mqa": {"num_kv_heads": 1, "activation": "glu", "mlp_multiple_of": 32, "use_bias_in_attn_linear": False},
+    "bloom": {"embedding_norm": True, "pos_emb": "alibi"},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_torch_counts_the_same_products(family):
+    config = shapes(layers=2, hidden=64, sequence=32, vocabulary=128, heads=4, **FAMILIES[family])
+    model, tokens = Decoder(config), torch.randint(0, 128, (2, 32))
     # The math backend computes the whole score matrix.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        y = block(x)
+        logits = model(tokens)
         forward = counter.get_total_flops()
-        y.sum().backward()
-    ours = flops_per_token(config, causal=False).blocks * 2 * 32
-    assert forward == ours
-    assert counter.get_total_flops() == 3 * ours
+        logits.sum().backward()
+    flops = flops_per_token(config, causal=False)
+    assert forward == flops.forward * 2 * 32
+    assert counter.get_total_flops() == flops.model * 2 * 32
+
+
+def test_a_window_counts_the_keys_in_it():
+    for length, window in ((7, 3), (7, 1), (7, 7), (7, 9)):
+        seen = [min(query, window) + 1 for query in range(length)]
+        config = shapes(layers=1, hidden=4, sequence=length, vocabulary=16, sliding_window_width=window)
+        whole = shapes(layers=1, hidden=4, sequence=length, vocabulary=16)
+        products = flops_per_token(whole, causal=False).blocks - 4 * 4 * length
+        causal = flops_per_token(config, causal=True).blocks
+        assert causal == pytest.approx(products + 4 * 4 * sum(seen) / length, rel=1e-12)
+        assert flops_per_token(config, causal=False).blocks == products + 4 * 4 * max(seen)
 
 
 def throughput(**changes):

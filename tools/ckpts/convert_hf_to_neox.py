@@ -1,4 +1,4 @@
-"""Import a GPTNeoX model of Hugging Face (Pythia, GPT-NeoX-20B...) as a checkpoint to train on from.
+"""Import a model of Hugging Face (GPTNeoX, Llama, Mistral, Falcon, OPT, BLOOM, GPT-2) as a checkpoint to train on from.
 
 python tools/ckpts/convert_hf_to_neox.py --hf_dir pythia-160m --output_dir checkpoints --config_file model.yml
 """
