@@ -23,8 +23,11 @@ from neox.launch.reporting import print_notices
 def main(argv: list[str]) -> int:
     """Check everything that can be checked here, then run as the rank we are or start the ranks."""
     arguments = parse_arguments("train", argv)
+    from neox.config import check_training
+
     placement = detect(os.environ)
     config = arguments.load(world_size=placement.world_size if placement else None)
+    check_training(config)
     from neox.training.preflight import prepare, remarks
     from neox.training.run import cuda_device_count, train
 
@@ -32,6 +35,7 @@ def main(argv: list[str]) -> int:
     if placement is None:
         workers = slots(config) or local_worker_count(config, cuda_device_count())
         config = config.with_world_size(workers)
+        check_training(config)
     config = prepare(config)
     print_notices(remarks(config), placement)
     if placement is None:

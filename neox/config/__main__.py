@@ -15,6 +15,7 @@ from pathlib import Path
 
 from neox.config import (
     Config,
+    deepspeed_dict,
     json_schema,
     load_config,
     reference,
@@ -63,6 +64,8 @@ def _load(options: argparse.Namespace) -> Config:
 
 def _check(options: argparse.Namespace) -> None:
     config = _load(options)
+    if config.parallel.world_size is not None and config.batch.train_batch_size:
+        deepspeed_dict(config)
     for notice in config.notices:
         print(notice)
     print(f"valid: {', '.join(map(str, _paths(options)))}")

@@ -1,5 +1,6 @@
 """Checks of single keys: is it known, may it be set, has its value the right type."""
 
+import re
 from typing import Any
 
 from pydantic import ValidationError
@@ -38,8 +39,12 @@ _BOUND = {
 
 
 def drop_unset(values: dict[str, Any]) -> dict[str, Any]:
-    """Leave out keys set to null: that is the same as not setting them."""
-    return {key: value for key, value in values.items() if value is not None}
+    """Leave out keys set to null, inside mappings too: that is the same as not setting them."""
+    return {
+        key: drop_unset(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if value is not None
+    }
 
 
 def check_other_keys(values: dict[str, Any], problems: Problems) -> list[str]:
@@ -134,7 +139,8 @@ def _check_nesting(values: dict[str, Any], problems: Problems) -> None:
     for top, known in nested.items():
         value = values.get(top, {})
         if not isinstance(value, dict):
-            problems.add(top, f"expected a mapping with {' and '.join(sorted(known, reverse=True))}, got {value!r}")
+            *others, last = sorted(known, reverse=True)
+            problems.add(top, f"expected a mapping with {', '.join(others)} and {last}, got {value!r}")
             continue
         for inner in value:
             if inner not in known:
@@ -158,7 +164,9 @@ def _explain(detail: dict[str, Any], place: Place, whole: Any) -> str:
         return f"expected {words} {context[name]:g}, got {value!r}"
     if kind == "literal_error":
         known = str(value).lower() in place.extra["upstream"]
-        return f"{value!r} is {'not supported yet' if known else 'unknown'}; supported: {context['expected']}"
+        choices = re.findall(r"'([^']*)'", context["expected"])
+        what = "not supported yet" if known else f"unknown{did_you_mean(str(value), choices)}"
+        return f"{value!r} is {what}; supported: {context['expected']}"
     expected = _EXPECTED.get(kind) or detail["msg"].removeprefix("Input should be ")
     hint = number_hint(value) if kind in _NUMERIC else ""
     inside = f" in {whole!r}" if whole is not value and isinstance(whole, list | tuple) else ""

@@ -17,11 +17,13 @@ from neox.config.model import ModelConfig
 from neox.config.optimization import BatchConfig, OptimizerConfig, ScheduleConfig
 from neox.config.parallel import ParallelConfig
 from neox.config.problems import NO_PLACE, Problems
+from neox.config.resolve_deepspeed import resolve_deepspeed, settle_types
 from neox.config.resolve_growth import check_curriculum, check_ramp
+from neox.config.resolve_launch import check_launch
 from neox.config.resolve_logging import check_logging
 from neox.config.resolve_model import resolve_model
 from neox.config.resolve_optimizer import resolve_optimizer, resolve_schedule
-from neox.config.resolve_parallel import resolve_batch, resolve_deepspeed, resolve_parallel
+from neox.config.resolve_parallel import resolve_batch, resolve_parallel
 from neox.config.resolve_training import check_checkpoint, check_data, resolve_training
 from neox.config.schema import fields_with_keys, put
 from neox.config.training import CheckpointConfig, TrainingConfig
@@ -166,8 +168,9 @@ def _resolve(
                 raise
             resolved[target] = hollow(type(resolved[target]))
 
-    apply(lambda deepspeed: resolve_deepspeed(deepspeed, problems), "deepspeed")
+    apply(lambda deepspeed: resolve_deepspeed(deepspeed, problems, notices), "deepspeed")
     apply(lambda model, deepspeed: resolve_model(model, deepspeed, problems, notices), "model", "deepspeed")
+    apply(settle_types, "deepspeed", "model")
     apply(
         lambda parallel, model, deepspeed: resolve_parallel(
             parallel, model, deepspeed, world_size=world_size, problems=problems, notices=notices
@@ -206,6 +209,7 @@ def _resolve(
     apply(lambda data: check_data(data, problems), "data")
     apply(lambda checkpoint: check_checkpoint(checkpoint, problems), "checkpoint")
     apply(lambda logging: check_logging(logging, problems), "logging")
+    apply(lambda launch: check_launch(launch, problems), "launch")
     return resolved
 
 

@@ -132,8 +132,21 @@ BF16_KEYS = frozenset(
         "bf16_optimizer_states",
     ]
 )
-FP16_LEFTOVERS = frozenset({"fp16", "type"})
-"""Keys that upstream's files carry inside fp16 and that DeepSpeed refuses."""
+LEFTOVERS: MappingProxyType[str, dict[str, Any]] = MappingProxyType(
+    {
+        "fp16": {"fp16": bool, "type": str},
+        "bf16": {
+            "bf16": bool,
+            "type": str,
+            "loss_scale": float,
+            "initial_scale_power": int,
+            "loss_scale_window": int,
+            "hysteresis": int,
+            "min_loss_scale": int,
+        },
+    }
+)
+"""Keys that upstream's files carry inside fp16 and bf16 and that DeepSpeed refuses: announced and left out."""
 
 _DEVICE = Literal["none", "cpu", "nvme"]
 _DTYPE = Literal["fp32", "fp16", "bf16"]
@@ -169,8 +182,11 @@ SECTIONS: MappingProxyType[str, dict[str, Any]] = MappingProxyType(
             "max_in_cpu": int,
             "pin_memory": bool,
         },
-        "fp16": dict.fromkeys(FP16_KEYS | FP16_LEFTOVERS, Any) | {"enabled": bool},
-        "bf16": dict.fromkeys(BF16_KEYS, bool),
+        "fp16": dict.fromkeys(FP16_KEYS, bool)
+        | {"loss_scale": float}
+        | dict.fromkeys(("initial_scale_power", "loss_scale_window", "hysteresis", "min_loss_scale"), int)
+        | LEFTOVERS["fp16"],
+        "bf16": dict.fromkeys(BF16_KEYS, bool) | LEFTOVERS["bf16"],
         "data_types": {"grad_accum_dtype": _DTYPE},
         "flops_profiler": {
             "enabled": bool,
@@ -188,3 +204,8 @@ SECTIONS: MappingProxyType[str, dict[str, Any]] = MappingProxyType(
     }
 )
 """Keys of every section that is handed on, by its dotted place, with the types of their values."""
+
+ABOVE_ZERO = frozenset({"reduce_bucket_size", "loss_scale_window"})
+AT_MOST_ONE = frozenset({"ratio", "cpuadam_cores_perc"})
+ANY_SIGN = frozenset({"module_depth"})
+"""Numbers inside the sections with bounds of their own; the others are at least 0."""

@@ -4,7 +4,7 @@ from copy import deepcopy
 from typing import Any
 
 from neox.config.config import Config
-from neox.config.deepspeed import FP16_LEFTOVERS
+from neox.config.deepspeed import LEFTOVERS
 from neox.config.problems import Problems
 from neox.errors import ConfigError
 
@@ -65,23 +65,14 @@ def _zero(config: Config) -> dict[str, Any]:
 
 def _precision(config: Config) -> dict[str, Any]:
     given, precision = config.deepspeed, config.model.precision
-    fp16 = {key: value for key, value in (given.fp16 or {}).items() if key not in FP16_LEFTOVERS}
-    sections: dict[str, Any] = {
-        "fp16": {**deepcopy(fp16), "enabled": precision == "fp16"},
-        "bf16": {**deepcopy(given.bf16 or {}), "enabled": precision == "bfloat16"},
-    }
-    data_types = deepcopy(given.data_types or {})
-    communication = given.communication_data_type
-    if precision == "bfloat16":
-        # Eight bits of mantissa lose small gradients when many micro-batches or ranks are summed.
-        data_types.setdefault("grad_accum_dtype", "fp32")
-        communication = communication or "fp32"
-    if given.fp32_allreduce:
-        communication = communication or "fp32"
-    if data_types:
-        sections["data_types"] = data_types
-    if communication:
-        sections["communication_data_type"] = communication
+    sections: dict[str, Any] = {}
+    for name, runs in (("fp16", "fp16"), ("bf16", "bfloat16")):
+        kept = {key: value for key, value in (getattr(given, name) or {}).items() if key not in LEFTOVERS[name]}
+        sections[name] = {**deepcopy(kept), "enabled": precision == runs}
+    if given.data_types:
+        sections["data_types"] = deepcopy(given.data_types)
+    if given.communication_data_type:
+        sections["communication_data_type"] = given.communication_data_type
     return sections
 
 

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator
 
 from neox.config.deepspeed import SECTIONS as MAPPINGS
 from neox.config.keys import NUMBER, Key, Status, lower, number
-from neox.config.model import precision_name
+from neox.config.model import PRECISION_ALIASES, precision_name
 from neox.config.schema import Place, fields_with_keys, other_keys
 
 _TEXT_OF_A_NUMBER = f"^{NUMBER.pattern}$"
@@ -132,7 +132,7 @@ def _of_annotated(kind: Any, metadata: Iterable[Any]) -> dict[str, Any]:
     if number in readers and kind is not float:
         return {"type": ["number", "string"], "pattern": _TEXT_OF_A_NUMBER}
     if "enum" in schema and (lower in readers or precision_name in readers):
-        names = [*schema["enum"], *(["bf16"] if precision_name in readers else [])]
+        names = [*schema["enum"], *(PRECISION_ALIASES if precision_name in readers else [])]
         # Any case is accepted; completion offers the usual one.
         return {"anyOf": [schema, {"type": "string", "pattern": f"^({'|'.join(map(_any_case, names))})$"}]}
     return schema

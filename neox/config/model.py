@@ -21,11 +21,13 @@ Norm = Literal["layernorm", "rmsnorm", "scalenorm", "non_parametric_layernorm", 
 Activation = Literal["gelu", "relu", "softsign", "swish", "silu", "mish", "geglu", "swiglu", "reglu", "bilinear", "glu"]
 GATED_ACTIVATIONS = ("geglu", "swiglu", "reglu", "bilinear", "glu")
 
+PRECISION_ALIASES = {"bf16": "bfloat16", "float16": "fp16", "float32": "fp32"}
+
 
 def precision_name(value: Any) -> Any:
     """Spell a precision upstream's way: bf16 is bfloat16."""
     name = value.lower() if isinstance(value, str) else value
-    return "bfloat16" if name == "bf16" else name
+    return PRECISION_ALIASES.get(name, name) if isinstance(name, str) else name
 
 
 class ModelConfig(Section):

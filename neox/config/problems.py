@@ -29,11 +29,16 @@ class Problems:
             key = key.rpartition(".")[0]
         return ""
 
+    def _place_of_another(self, message: str) -> str:
+        """Where the first key was set that a message names; words that are no key for certain do not count."""
+        names = (word for word in re.findall(r"[\w.]+", message) if "_" in word)
+        return next((place for name in names if (place := self.place(name.rstrip(".")))), "")
+
     def add(self, key: str, message: str) -> None:
         """Note a mistake in `key`, unless the line names a key that is wrong by itself."""
         if self.wrong and not self.wrong.isdisjoint(re.findall(r"[\w.]+", f"{key} {message}")):
             return
-        place = self.place(key)
+        place = self.place(key) or self._place_of_another(message)
         name = key if key.isprintable() else repr(key)
         line = f"{place}: {name}: {message}" if place else f"{name}: {message}"
         if line not in self.lines:
@@ -47,5 +52,6 @@ class Problems:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Ask for the nearest known name, as text to append to a message; nothing if none is near."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    spelt = {other.lower(): other for other in known}
+    near = difflib.get_close_matches(name.lower(), spelt, n=1, cutoff=0.6)
+    return f"; did you mean {spelt[near[0]]!r}?" if near else ""

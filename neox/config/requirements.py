@@ -1,6 +1,7 @@
 """What training needs beyond a configuration that merely loads."""
 
 from neox.config.config import Config
+from neox.config.engine import deepspeed_dict
 from neox.config.problems import Problems
 
 _NEEDS_VOCABULARY = ("GPT2BPETokenizer", "HFTokenizer", "SPMTokenizer")
@@ -10,7 +11,7 @@ def check_training(config: Config) -> None:
     """Check that nothing is missing for training; counting parameters or generating text needs none of it.
 
     Raises:
-        ConfigError: with one line for each missing key.
+        ConfigError: with one line for each missing key, or for what contradicts others in deepspeed_extra_args.
     """
     problems = Problems({})
     if not config.optimizer.is_given:
@@ -26,6 +27,8 @@ def check_training(config: Config) -> None:
         looks_for_ends = next((key for key in ("eod_mask_loss", "document_masking") if getattr(config.data, key)), "")
         if looks_for_ends:
             problems.add("vocab_file", f"{looks_for_ends} needs it, for the end-of-document token; set it")
-        elif config.model.padded_vocab_size is None:
+        elif config.model.padded_vocab_size is None and config.checkpoint.load is None:
             problems.add("vocab_file", f"{tokenizer.tokenizer_type} needs it; set it, or padded_vocab_size")
     problems.raise_any()
+    if config.parallel.world_size is not None:
+        deepspeed_dict(config)

@@ -2,10 +2,22 @@
 
 from typing import Any
 
+from neox.config.keys import number_hint
 from neox.config.model import ModelConfig
 from neox.config.problems import Problems, did_you_mean
 
 _DENSE_ATTENTION = ("global", "flash")
+_EXOTIC_ATTENTION = (
+    "local",
+    "sparse_fixed",
+    "sparse_variable",
+    "bigbird",
+    "bslongformer",
+    "gmlp",
+    "amlp",
+    "rwkv",
+    "mamba",
+)
 _REQUIRED = {
     "linear": ("factor",),
     "dynamic": ("factor",),
@@ -61,8 +73,8 @@ def _check_scaling(model: ModelConfig, problems: Problems) -> None:
     kind = scaling.get("rope_type")
     if kind is None:
         problems.add("rope_scaling.type" if "type" in scaling else "rope_scaling", _kind_missing(scaling))
-    elif kind not in _REQUIRED:
-        near = did_you_mean(str(kind), _REQUIRED)
+    elif not isinstance(kind, str) or kind not in _REQUIRED:
+        near = "; remove rope_scaling" if kind == "default" else did_you_mean(str(kind), _REQUIRED)
         problems.add("rope_scaling.rope_type", f"{kind!r} is unknown; supported: {', '.join(_REQUIRED)}{near}")
     else:
         _check_entries(scaling, kind, problems)
@@ -110,10 +122,12 @@ def _wrong_value(name: str, value: Any) -> str:
         return "" if isinstance(value, bool) else f"expected true or false, got {value!r}"
     if name == "original_max_position_embeddings":
         is_length = _is_number(value) and isinstance(value, int) and value > 0
-        return "" if is_length else f"expected a length in tokens, got {value!r}"
+        return "" if is_length else f"expected a length in tokens, got {value!r}{number_hint(value)}"
     if name == "factor":
-        return "" if _is_number(value) and value >= 1 else f"expected a number of 1 or more, got {value!r}"
-    return "" if _is_number(value) and value > 0 else f"expected a number above 0, got {value!r}"
+        fits, expected = _is_number(value) and value >= 1, "a number of 1 or more"
+    else:
+        fits, expected = _is_number(value) and value > 0, "a number above 0"
+    return "" if fits else f"expected {expected}, got {value!r}{number_hint(value)}"
 
 
 def _is_number(value: Any) -> bool:
@@ -136,7 +150,8 @@ def _attention_types(model: ModelConfig, problems: Problems) -> tuple[str, ...]:
         problems.add("attention_config", "expected a list such as [[[global], 12]] or one name for each layer")
         return ()
     for name in sorted(set(types) - set(_DENSE_ATTENTION)):
-        problems.add("attention_config", f"{name!r} is not supported yet; supported: {', '.join(_DENSE_ATTENTION)}")
+        what = "not supported yet" if name in _EXOTIC_ATTENTION else f"unknown{did_you_mean(name, _DENSE_ATTENTION)}"
+        problems.add("attention_config", f"{name!r} is {what}; supported: {', '.join(_DENSE_ATTENTION)}")
     if len(types) != model.num_layers:
         problems.add("attention_config", f"describes {len(types)} layers, and num_layers is {model.num_layers}")
     return types

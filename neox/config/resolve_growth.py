@@ -28,23 +28,31 @@ def check_curriculum(
     if entries is None:
         return
     wrong = mismatch(entries.get("enabled"), bool)
+    if "enabled" not in entries:
+        wrong = "not set; add enabled: true or enabled: false"
     if wrong:
         problems.add(f"{_KEY}.enabled", wrong)
     if wrong or not entries["enabled"]:
         return
     if entries.get("curriculum_type") != "seqlen":
-        problems.add(f"{_KEY}.curriculum_type", f"expected 'seqlen', got {entries.get('curriculum_type')!r}")
+        problems.add(f"{_KEY}.curriculum_type", f"expected 'seqlen', {_got(entries, 'curriculum_type')}")
     kind, schedule = entries.get("schedule_type"), entries.get("schedule_config")
     if not isinstance(kind, str) or kind not in _SCHEDULES:
-        problems.add(f"{_KEY}.schedule_type", f"expected {' or '.join(map(repr, _SCHEDULES))}, got {kind!r}")
+        choices = " or ".join(map(repr, _SCHEDULES))
+        problems.add(f"{_KEY}.schedule_type", f"expected {choices}, {_got(entries, 'schedule_type')}")
     elif not isinstance(schedule, dict):
         problems.add(
-            f"{_KEY}.schedule_config", f"expected a mapping with {' and '.join(_SCHEDULES[kind])}, got {schedule!r}"
+            f"{_KEY}.schedule_config",
+            f"expected a mapping with {' and '.join(_SCHEDULES[kind])}, {_got(entries, 'schedule_config')}",
         )
     elif _check_names(entries, kind, problems) and _check_range(entries, model, problems):
         size = parallel.model_parallel_size if parallel.sequence_parallel else 1
         check = _check_discrete if kind == "fixed_discrete" else _check_root
         check(entries, schedule, size, problems)
+
+
+def _got(entries: Mapping[str, Any], name: str) -> str:
+    return f"got {entries[name]!r}" if name in entries else "and it is not set; add it"
 
 
 def _check_names(entries: Mapping[str, Any], kind: str, problems: Problems) -> bool:

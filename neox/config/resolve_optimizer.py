@@ -54,7 +54,7 @@ def resolve_optimizer(
     is_given = bool({"type", "params"} & optimizer.model_fields_set)
     if not is_given:
         return optimizer
-    if "type" not in optimizer.model_fields_set:
+    if "type" not in optimizer.model_fields_set and "optimizer.type" not in problems.wrong:
         problems.add("optimizer", "has no type; add type: Adam")
     optimizer = _with_8_bit(optimizer, problems)
     defaults = {name: value for name, value in _DEFAULTS[optimizer.type].items() if value is not None}
@@ -198,7 +198,7 @@ def resolve_schedule(
     if schedule.lr_decay_iters or training.train_iters is None:
         return schedule
     fraction = 1.0 if schedule.lr_decay_fraction is None else schedule.lr_decay_fraction
-    return schedule.model_copy(update={"lr_decay_iters": math.floor(training.train_iters * fraction)})
+    return schedule.model_copy(update={"lr_decay_iters": max(1, math.floor(training.train_iters * fraction))})
 
 
 def _check_wsd(schedule: ScheduleConfig, problems: Problems) -> None:
@@ -207,7 +207,8 @@ def _check_wsd(schedule: ScheduleConfig, problems: Problems) -> None:
         if getattr(schedule, key) != ScheduleConfig.model_fields[key].default and style != "wsd":
             problems.add(key, f"is for lr_decay_style wsd, and that is {style}; remove it")
     if style == "wsd" and schedule.warmup + schedule.wsd_decay_fraction > 1.0:
-        problems.add(
-            "wsd_decay_fraction",
-            f"{schedule.wsd_decay_fraction:g} and warmup {schedule.warmup:g} are more than the whole; lower one",
-        )
+        keys = ["wsd_decay_fraction", "warmup"]
+        # Whichever was set stands first, for its place.
+        keys.sort(key=lambda key: key not in schedule.model_fields_set)
+        first, second = (getattr(schedule, key) for key in keys)
+        problems.add(keys[0], f"{first:g} and {keys[1]} {second:g} are more than the whole; lower one")

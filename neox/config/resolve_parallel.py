@@ -1,70 +1,18 @@
 """Rules of the layout: processes, stages, ZeRO and the batch."""
 
 import re
-from typing import Any
 
-from neox.config.deepspeed import SECTIONS, DeepSpeedConfig
+from neox.config.deepspeed import DeepSpeedConfig
 from neox.config.keys import mismatch
 from neox.config.layouts import find_layout
 from neox.config.model import ModelConfig
 from neox.config.optimization import BatchConfig
 from neox.config.parallel import ParallelConfig
-from neox.config.problems import Problems, did_you_mean
+from neox.config.problems import Problems
+from neox.config.resolve_deepspeed import offloads
 
-_MUST_SAY_ENABLED = ("fp16", "bf16", "flops_profiler")
-
-
-def resolve_deepspeed(deepspeed: DeepSpeedConfig, problems: Problems) -> DeepSpeedConfig:
-    """Check the names and types inside the sections, and what goes together."""
-    for name in _MUST_SAY_ENABLED:
-        section = getattr(deepspeed, name)
-        if section is not None and "enabled" not in section:
-            problems.add(f"{name}.enabled", mismatch(None, bool))
-    for place, kinds in SECTIONS.items():
-        name, _, inner = place.partition(".")
-        section = getattr(deepspeed, name) or {}
-        _check_section(place, section.get(inner) if inner else section, kinds, problems)
-    kind = (deepspeed.fp16 or {}).get("type", "fp16")
-    if kind not in ("fp16", "float16"):
-        problems.add(
-            "fp16.type",
-            f"{kind!r} contradicts fp16, which is what runs; for bf16 set bf16: {{enabled: true}}",
-        )
-    _check_zero_extensions(deepspeed, problems)
-    return deepspeed
-
-
-def _check_section(place: str, section: Any, kinds: dict[str, Any], problems: Problems) -> None:
-    if not isinstance(section, dict):
-        return  # absent, or a wrong type that the section around it tells
-    for key, value in section.items():
-        if key not in kinds:
-            problems.add(f"{place}.{key}", f"unknown key{did_you_mean(str(key), sorted(kinds)) or '; remove it'}")
-        elif kinds[key] is not Any and value is not None and (wrong := mismatch(value, kinds[key])):
-            problems.add(f"{place}.{key}", wrong)
-
-
-def _check_zero_extensions(deepspeed: DeepSpeedConfig, problems: Problems) -> None:
-    """Check what DeepSpeed has at some ZeRO stages only."""
-    zero = deepspeed.zero_optimization or {}
-    stage = zero.get("stage", 0)
-    for key in ("offload_param", "cpu_offload_param"):
-        if stage != 3 and offloads(zero.get(key)):
-            problems.add(f"zero_optimization.{key}", f"needs stage 3, got {stage!r}; set stage: 3, or remove it")
-    for key in ("offload_optimizer", "cpu_offload"):
-        if stage == 0 and offloads(zero.get(key)):
-            problems.add(f"zero_optimization.{key}", "needs stage 1, 2 or 3, got 0; set stage: 1, or remove it")
-    for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
-        if stage != 3 and zero.get(key):
-            problems.add(f"zero_optimization.{key}", f"needs stage 3, got {stage!r}; set stage: 3, or remove it")
-    if stage != 3 and zero.get("zero_hpz_partition_size", 1) != 1:
-        key = "zero_optimization.zero_hpz_partition_size"
-        problems.add(key, f"needs stage 3, got {stage!r}; set stage: 3, or remove it")
-
-
-def offloads(section: Any) -> bool:
-    """Whether a value of offload_optimizer, offload_param, or of their retired spellings, asks for anything."""
-    return section.get("device", "none") != "none" if isinstance(section, dict) else section is True
+LAYER_CLASSES = ("Embedding", "TransformerBlock", "FinalNorm", "OutputHead")
+"""What `type:` of pipe_partition_method is matched with."""
 
 
 def resolve_parallel(
@@ -115,9 +63,22 @@ def _check_stages(parallel: ParallelConfig, model: ModelConfig, problems: Proble
             "pipe_parallel_size",
             f"{parallel.pipeline_stages} stages for {model.num_layers} layers; set it to {model.num_layers} or less",
         )
+    _check_partition_method(parallel, problems)
+
+
+def _check_partition_method(parallel: ParallelConfig, problems: Problems) -> None:
     method = parallel.pipe_partition_method
     if not re.fullmatch(r"parameters|uniform|type:.+", method, re.IGNORECASE):
         problems.add("pipe_partition_method", f"{method!r} is unknown; supported: parameters, uniform, type:REGEX")
+        return
+    kind, _, pattern = method.partition(":")
+    try:
+        found = any(re.search(pattern, name, re.IGNORECASE) for name in LAYER_CLASSES)
+    except re.error as error:
+        problems.add("pipe_partition_method", f"{pattern!r} is no regular expression: {error}; mend it")
+        return
+    if kind.lower() == "type" and not found and parallel.pipeline_stages > 1:
+        problems.add("pipe_partition_method", f"{pattern!r} matches no layer; match one of {', '.join(LAYER_CLASSES)}")
 
 
 def _check_tied_ends(

@@ -9,6 +9,7 @@ from neox.config.config import Config
 from neox.config.schema import SECTIONS, Place, fields_with_keys, other_keys
 
 DERIVED = "derived"
+_ALSO_SET_AT = {"weight_decay": "optimizer.params.weight_decay"}
 _WIDEST_VALUE = 48
 
 
@@ -39,14 +40,15 @@ def rows(config: Config, *, only_given: bool = False) -> list[Row]:
         for key in sorted(config.given.keys() & other_keys().keys())
     ]
     order = [*SECTIONS, "without effect"]
-    found += [] if only_given else _derived_rows(config)
+    found += _derived_rows(config)
     found.sort(key=lambda row: order.index(row.section))
     return [row for row in found if row.is_given or not only_given]
 
 
 def _field_rows(config: Config, section: str, place: Place) -> Iterator[Row]:
     value = _plain(getattr(getattr(config, section), place.field))
-    given = _dig(config.given, place.key)
+    key = place.key if _dig(config.given, place.key) is not None else _ALSO_SET_AT.get(place.key, place.key)
+    given = _dig(config.given, key)
     if isinstance(value, dict) and value:
         yield from _inner_rows(config, section, place.key, value)
         return
@@ -56,7 +58,7 @@ def _field_rows(config: Config, section: str, place: Place) -> Iterator[Row]:
             value, source = None, "default"
         yield Row(section, place.key, value, source, is_given=False)
         return
-    source = _place(config, place.key)
+    source = _place(config, key)
     if not _alike(given, value):
         source += f", from {json.dumps(given)}"
     yield Row(section, place.key, value, source, is_given=True)
@@ -69,7 +71,8 @@ def _inner_rows(config: Config, section: str, key: str, mapping: dict[str, Any])
             yield from _inner_rows(config, section, path, value)
         else:
             is_given = _dig(config.given, path) is not None
-            yield Row(section, path, value, _place(config, path) if is_given else "default", is_given=is_given)
+            absent = DERIVED if section == "deepspeed" else "default"
+            yield Row(section, path, value, _place(config, path) if is_given else absent, is_given=is_given)
 
 
 def _derived_rows(config: Config) -> Iterator[Row]:
@@ -78,9 +81,19 @@ def _derived_rows(config: Config) -> Iterator[Row]:
         for field in section.model_fields:
             if (name, field) not in settable and (name, field) != ("optimizer", "is_given"):
                 value = _plain(getattr(getattr(config, name), field))
-                given = name == "optimizer" and field == "lr" and _dig(config.given, "optimizer.params.lr") is not None
-                source = _place(config, "optimizer.params.lr") if given else DERIVED
-                yield Row(name, field, value, source, is_given=False)
+                yield (
+                    _rate_row(config)
+                    if (name, field) == ("optimizer", "lr")
+                    else Row(name, field, value, DERIVED, is_given=False)
+                )
+
+
+def _rate_row(config: Config) -> Row:
+    """The peak learning rate, which is a field of its own and an argument of the optimizer."""
+    key, optimizer = "optimizer.params.lr", config.optimizer
+    is_given = _dig(config.given, key) is not None
+    value = optimizer.lr if optimizer.is_given else None
+    return Row("optimizer", key, value, _place(config, key) if is_given else "default", is_given=is_given)
 
 
 def table(found: list[Row]) -> str:

@@ -88,6 +88,8 @@ def _find(path: Path) -> Path:
     for candidate in (path, *(path.with_name(path.name + suffix) for suffix in _SUFFIXES)):
         if candidate.is_file():
             return candidate
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a folder; name a file in it")
     if not path.parent.is_dir():
         raise ConfigError(f"{path}: no such file, and no folder {path.parent}")
     names = {p.name: p for p in path.parent.iterdir() if p.suffix in _SUFFIXES}
@@ -138,7 +140,10 @@ def _merge_file(merged: Merged, values: dict[str, Any], lines: dict[str, str], s
     for key, value in values.items():
         if key in merged.values and not _same(merged.values[key], value) and key not in settled:
             other = f"{merged.values[key]!r} at {merged.sources[key]}"
-            merged.problems.append(f"{lines[key]}: {key}: set to {value!r} here and to {other}; keep one of them")
+            merged.problems.append(
+                f"{lines[key]}: {key}: set to {value!r} here and to {other}; keep one of them, "
+                "or let this file win with --override"
+            )
         if key not in merged.values:
             merged.values[key] = value
             merged.sources.update(
@@ -192,7 +197,7 @@ def _read(path: Path) -> str:
         raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
 
 
-def _compose(text: str, name: str) -> yaml.Node | None:
+def _compose(text: str, name: str, *, lines: bool = True) -> yaml.Node | None:
     try:
         # Composing recurses in C, where no limit is kept.
         if len(text) > 50_000 and _is_deep(text):
@@ -200,7 +205,7 @@ def _compose(text: str, name: str) -> yaml.Node | None:
         node: yaml.Node | None = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        where = f"{name}:{mark.line + 1}" if mark else name
+        where = f"{name}:{mark.line + 1}" if mark and lines else name
         raise ConfigError(f"{where}: not valid YAML: {error.problem}; check commas, quotes and braces nearby") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
@@ -311,7 +316,7 @@ def _override(merged: Merged, text: str) -> None:
     path[0] = normalise_key(path[0])
     if not equals or not all(path):
         raise ConfigError(f"command line: {text!r}: write an override as key=value, e.g. optimizer.params.lr=3e-4")
-    node = _compose(value_text, "command line")
+    node = _compose(value_text, f"command line: {text}", lines=False)
     value = None if node is None else _Builder("command line", {}, merged.problems).value(node, "")
     target = merged.values
     for depth, step in enumerate(path[:-1]):

@@ -6,14 +6,14 @@ tokens of a row and positions count from its first token: every row gets what it
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from neox.config import Config
 from neox.inference.cache import KeyValueCache
 from neox.inference.sampling import GREEDY, Sampling, draw_tokens
-from neox.model.attention import AttentionContext
+from neox.model.attention import AttentionContext, with_shared_mask
 from neox.model.layers import Decoder
 
 StopRule = Callable[[list[int]], bool]
@@ -204,8 +204,11 @@ class _Batch:
         # Rows that are done are carried along beyond the last position; what they get there is thrown away.
         positions_BS = (columns_S - self.padding_B[:, None]).clamp(0, self.model.config.seq_length - 1)
         mask_BSK = self._mask(columns_S) if self.padded or start > 0 else None
-        caches = [None] * len(self.model.blocks) if self.caches is None else self.caches
-        return [AttentionContext(positions_BS=positions_BS, mask_BSK=mask_BSK, cache=cache) for cache in caches]
+        context = AttentionContext(positions_BS=positions_BS, mask_BSK=mask_BSK)
+        blocks, weight = self.model.blocks, self.model.embedding.word_embeddings.weight
+        context = with_shared_mask(context, blocks[0].attention, weight)
+        caches = [None] * len(blocks) if self.caches is None else self.caches
+        return [replace(context, cache=cache) for cache in caches]
 
     def _mask(self, columns_S: torch.Tensor) -> torch.Tensor:
         """Mark where a token may see another: itself or an earlier one that is no padding.

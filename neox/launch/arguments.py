@@ -4,10 +4,12 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
-from neox.config import Config, load_config, resolve_config_paths, split_overrides
 from neox.errors import LaunchError
+
+if TYPE_CHECKING:
+    from neox.config import Config
 
 Script = Literal["train", "generate", "evaluate"]
 
@@ -28,7 +30,7 @@ class Arguments:
     config_dir: str | None
     override_files: list[str] = field(default_factory=list)
 
-    def load(self, *, world_size: int | None = None) -> Config:
+    def load(self, *, world_size: int | None = None) -> "Config":
         """Read and resolve the configuration.
 
         Args:
@@ -37,6 +39,8 @@ class Arguments:
         Raises:
             ConfigError: with one line for each mistake.
         """
+        from neox.config import load_config, resolve_config_paths  # pydantic; `--help` does without
+
         return load_config(
             resolve_config_paths(self.files, self.config_dir),
             overrides=self.overrides,
@@ -53,6 +57,8 @@ def parse_arguments(script: Script, argv: Sequence[str]) -> Arguments:
     """
     parser = _build_parser(script)
     options = vars(parser.parse_intermixed_args(list(argv)))
+    from neox.config import split_overrides
+
     positionals, config_dir = options.pop("config"), options.pop("conf_dir")
     override_files = options.pop("override") or []
     files, overrides = split_overrides(positionals)

@@ -172,14 +172,15 @@ class Attention(nn.Module):
 
 
 def with_shared_mask(context: AttentionContext, attention: Attention, like: torch.Tensor) -> AttentionContext:
-    """Build the mask of packed documents once, for all layers, before the first.
+    """Build the mask once for all layers, before the first, where what is seen depends on the rows of the batch.
 
     Args:
-        context: of a forward pass over whole rows.
+        context: of a forward pass; `documents_BS` is known of all keys, and so of as many queries.
         attention: of any block.
         like: a tensor of the dtype and on the device of the model.
     """
-    if context.documents_BS is None or context.scores_mask is not None:
+    rows = context.documents_BS if context.mask_BSK is None else context.mask_BSK
+    if rows is None or context.scores_mask is not None:
         return context
-    length = context.documents_BS.shape[1]
-    return replace(context, scores_mask=attention.mask(context, queries=length, keys=length, like=like))
+    mask = attention.mask(context, queries=rows.shape[1], keys=rows.shape[-1], like=like)
+    return replace(context, scores_mask=mask)

@@ -16,6 +16,7 @@ from neox.model.embedding import Embedding
 from neox.model.head import OutputHead
 from neox.model.loss import Targets
 from neox.model.norms import build_norm
+from neox.model.positions import share_tables
 
 EMBEDDING_INDEX = 0
 Contexts = AttentionContext | Sequence[AttentionContext] | None
@@ -78,6 +79,7 @@ class Decoder(nn.Module):
         self.recompute_every = 0
         self.run_segment: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
         tie_embeddings(self)
+        share_tables(self)
 
     @property
     def embedding(self) -> Embedding:

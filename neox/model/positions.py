@@ -93,6 +93,13 @@ class RotaryEmbedding(nn.Module):
         return torch.cat((first * cos - second * sin, second * cos + first * sin, untouched), dim=-1)
 
 
+def share_tables(model: nn.Module) -> None:
+    """Keep one copy of the rotary tables, equal in all layers of a model: of long sequences they are gigabytes."""
+    rotaries = [module for module in model.modules() if isinstance(module, RotaryEmbedding)]
+    for rotary in rotaries[1:]:
+        rotary.cos_SR, rotary.sin_SR = rotaries[0].cos_SR, rotaries[0].sin_SR
+
+
 def rotary_frequencies(config: ModelConfig, device: torch.device) -> tuple[torch.Tensor, float]:
     """Angle per position of each plane, fp32 [rotary_ndims / 2], and the factor of all cosines and sines."""
     ndims, base, scaling = config.rotary_ndims, float(config.rotary_emb_base), config.rope_scaling or {}

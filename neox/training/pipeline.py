@@ -1,26 +1,30 @@
 """The engine with pipeline stages: DeepSpeed's PipelineModule and its 1F1B schedule."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from deepspeed.pipe import LayerSpec as PipeLayer
 from deepspeed.pipe import PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from deepspeed.runtime.utils import combine_grad_norm_groups
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from neox.config import Config
 from neox.errors import ConfigError
-from neox.model.attention import AttentionContext
+from neox.model.attention import AttentionContext, with_shared_mask
 from neox.model.block import TransformerBlock
 from neox.model.build import WeightSource, layer_builder, meta_decoder
 from neox.model.embedding import Embedding
 from neox.model.head import OutputHead
 from neox.model.layers import LayerSpec, layer_list
 from neox.model.loss import Targets
+from neox.model.positions import share_tables
 from neox.parallel.mesh import Mesh
 from neox.training.batches import GlobalBatch
 from neox.training.compilation import compile_blocks
@@ -38,6 +42,7 @@ class PipelineEngine(Engine):
         module = StagedDecoder(config, mesh, source)
         compile_blocks((m for m in module.modules() if isinstance(m, TransformerBlock)), config, mesh)
         self.deepspeed = start_deepspeed(module, config, mesh)
+        sum_norms_of_all_stages(self.deepspeed.optimizer, mesh)
         self._length = config.model.seq_length
 
     def train_step(self, batch: GlobalBatch) -> torch.Tensor:
@@ -73,6 +78,30 @@ class PipelineEngine(Engine):
         self._length = batch.length
 
 
+def sum_norms_of_all_stages(optimizer: Any, mesh: Mesh) -> None:
+    """Have each stage take part in the norms of as many parameter groups as any stage has.
+
+    To find the norm of the gradient, DeepSpeed's ZeRO 1 sums one group after another over the stages, and would wait
+    for ever for a stage with fewer: one with the head alone, say, or under Muon one with blocks alone.
+    """
+    if not hasattr(optimizer, "scaled_global_norm"):
+        return  # DeepSpeed's bf16 optimizer sums all groups at once
+    own, most = len(optimizer.param_groups), torch.tensor(len(optimizer.param_groups), device=mesh.device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    norm_of_own, missing = optimizer.scaled_global_norm, int(most) - own
+    of_nothing = (
+        partial(optimizer.complete_grad_norm_calculation_for_cpu_offload, [])
+        if optimizer.cpu_offload
+        else partial(optimizer.get_grad_norm_direct, [], [])
+    )
+
+    def norm_of_all() -> torch.Tensor:
+        return cast(torch.Tensor, combine_grad_norm_groups([norm_of_own(), *(of_nothing() for _ in range(missing))]))
+
+    if missing:
+        optimizer.scaled_global_norm = norm_of_all
+
+
 class StagedDecoder(PipelineModule):
     """The list of layers divided over the pipeline; each rank builds only its own."""
 
@@ -85,6 +114,7 @@ class StagedDecoder(PipelineModule):
         with contextlib.redirect_stdout(None):
             self._divide(config, mesh, _pipe_layers(config, specs, kinds, build))
         check_stages(config, self.parts)
+        share_tables(self)
 
     def _divide(self, config: Config, mesh: Mesh, layers: list[PipeLayer | Callable[..., Any]]) -> None:
         super().__init__(
@@ -97,6 +127,10 @@ class StagedDecoder(PipelineModule):
             activation_checkpoint_interval=segment_length(config),
             activation_checkpoint_func=segment_runner(config),
         )
+
+    def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
+        """What DeepSpeed sums the gradients of over both ends; nothing where the tied matrix is frozen."""
+        return [(weight, group) for weight, group in super().get_tied_weights_and_groups() if weight.requires_grad]
 
     def _loss(
         self,
@@ -116,27 +150,34 @@ Packed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """What stages pass on in a run with `document_masking`: hidden states or tokens, documents_BS, positions_BS."""
 
 
-class _WithDocuments(nn.Module):
-    """A layer whose input is packed."""
+Contexts = MutableMapping[torch.Tensor, AttentionContext]
+"""The context of each micro-batch under way, by its documents, so that the blocks of a stage share the mask."""
 
-    def __init__(self, layer: nn.Module) -> None:
+
+class _WithDocuments(nn.Module):
+    """A layer whose input is packed: it runs in the context of the documents and passes them on."""
+
+    def __init__(self, layer: nn.Module, contexts: Contexts) -> None:
         super().__init__()
         self.layer = layer
+        self.contexts = contexts
 
     def forward(self, packed: Packed) -> Packed | torch.Tensor:
-        """See _call_packed."""
-        return _call_packed(self.layer, packed)
+        """Call the layer; only the final norm lets the documents go."""
+        x, documents_BS, positions_BS = packed
+        if isinstance(self.layer, Embedding):
+            return _embed_packed(self.layer, packed)
+        if not isinstance(self.layer, TransformerBlock):
+            return cast(torch.Tensor, self.layer(x))
+        if documents_BS not in self.contexts:
+            context = AttentionContext(positions_BS=positions_BS, documents_BS=documents_BS)
+            self.contexts[documents_BS] = with_shared_mask(context, self.layer.attention, x)
+        return self.layer(x, self.contexts[documents_BS]), documents_BS, positions_BS
 
 
-def _call_packed(layer: nn.Module, packed: Packed) -> Packed | torch.Tensor:
-    """Run a layer in the context of the documents, and pass them on; only the final norm lets them go."""
-    x, documents_BS, positions_BS = packed
-    if isinstance(layer, Embedding):
-        return layer(x, positions_BS), documents_BS, positions_BS
-    if isinstance(layer, TransformerBlock):
-        context = AttentionContext(positions_BS=positions_BS, documents_BS=documents_BS)
-        return layer(x, context), documents_BS, positions_BS
-    return cast(torch.Tensor, layer(x))
+def _embed_packed(embedding: nn.Module, packed: Packed) -> Packed:
+    tokens_BS, documents_BS, positions_BS = packed
+    return embedding(tokens_BS, positions_BS), documents_BS, positions_BS
 
 
 class _NamedLayer(PipeLayer):
@@ -169,20 +210,21 @@ def _pipe_layers(
     """DeepSpeed's list. The head only lets the hidden state through here: the loss uses it with the targets."""
     packed = config.data.document_masking
     builders = [partial(build, spec) for spec in specs]
+    contexts: Contexts = WeakTensorKeyDictionary()
     layers: list[PipeLayer | Callable[..., Any]] = [
-        _NamedLayer(kind, partial(_build_packed, builder) if packed else builder)
+        _NamedLayer(kind, partial(_build_packed, builder, contexts) if packed else builder)
         for kind, builder in zip(kinds, builders, strict=True)
     ]
     if config.model.no_weight_tying:
         layers[-1] = _NamedLayer(kinds[-1], lambda: _AwaitingTargets(builders[-1]()))
         return layers
-    layers[0] = _TiedLayer(kinds[0], "word_embeddings.weight", _call_packed if packed else _call, builders[0])
+    layers[0] = _TiedLayer(kinds[0], "word_embeddings.weight", _embed_packed if packed else _call, builders[0])
     layers[-1] = _TiedLayer(kinds[-1], "final_linear.weight", _let_through, builders[-1])
     return layers
 
 
-def _build_packed(builder: Callable[[], nn.Module]) -> nn.Module:
-    return _WithDocuments(builder())
+def _build_packed(builder: Callable[[], nn.Module], contexts: Contexts) -> nn.Module:
+    return _WithDocuments(builder(), contexts)
 
 
 class _AwaitingTargets(nn.Module):

@@ -1,6 +1,10 @@
 """What can be found wrong before any worker starts."""
 
 from pathlib import Path
+from typing import Any
+
+from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.op_builder import AsyncIOBuilder
 
 from neox.checkpoint.open import open_checkpoint
 from neox.checkpoint.weights import check_shape, missing_tensor
@@ -53,10 +57,23 @@ def remarks(config: Config) -> list[str]:
 def _check_device(config: Config) -> None:
     """Refuse what only a GPU can do."""
     zero = config.deepspeed.zero_optimization or {}
+    _check_drives(zero)
     if _is_without_gpu(config):
+        if config.model.precision == "fp16" and not get_accelerator().is_fp16_supported():
+            raise ConfigError(
+                "precision: fp16 needs a GPU, and there is none here; add fp16.enabled=false precision=bfloat16"
+            )
         for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
             if zero.get(key):
                 raise ConfigError(f"zero_optimization.{key}: its kernels need CUDA, and there is none here; remove it")
+
+
+def _check_drives(zero: dict[str, Any]) -> None:
+    """Refuse offload to a drive where DeepSpeed cannot build the code that reads and writes it."""
+    for key in ("offload_optimizer", "offload_param"):
+        if (zero.get(key) or {}).get("device") == "nvme" and not AsyncIOBuilder().is_compatible(verbose=False):
+            place = f"zero_optimization.{key}.device"
+            raise ConfigError(f"{place}: 'nvme' needs DeepSpeed's async_io, which needs libaio; set device: cpu")
 
 
 def _is_without_gpu(config: Config) -> bool:
@@ -88,7 +105,7 @@ def _open_data(config: Config) -> None:
     for prefix in [data.data_path, *(path for given in paths for path in given or ())]:
         if prefix:
             IndexedDataset(prefix, data_impl=data.data_impl)
-    if config.data.eod_mask_loss or config.training.char_level_ppl:
+    if config.data.eod_mask_loss or config.data.document_masking or config.training.char_level_ppl:
         build_tokenizer(config.tokenizer)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.functional import pad
 
 from neox.checkpoint.native import NativeReader, StoredTensor
 from neox.errors import CheckpointError
@@ -53,10 +54,10 @@ def _owned(engine: Engine, *, with_optimizer: bool) -> Iterator[StoredTensor]:
             value = _whole(engine, name, parameter, local_state(engine, parameter, state), keep=mine)
             if value is not None:
                 yield StoredTensor("optimizer", f"{name}/{state}", value)
-        for state, vector in _accumulators(engine, name).items():
-            value = _whole(engine, name, parameter, vector, keep=mine, dimension=vector.shape.index(vector.numel()))
+        for dimension, vector in enumerate(_accumulators(engine, name)):
+            value = _whole(engine, name, parameter, vector, keep=mine, dimension=dimension)
             if value is not None:
-                yield StoredTensor("optimizer", f"{name}/{state}", value)
+                yield StoredTensor("optimizer", f"{name}/accumulator_{dimension}", value)
 
 
 def without_tied_copy(engine: Engine) -> dict[str, nn.Parameter]:
@@ -161,16 +162,13 @@ def plain_moments(engine: Engine) -> Iterator[None]:
             link_states(engine)
 
 
-def _accumulators(engine: Engine, name: str) -> dict[str, torch.Tensor]:
-    """SM3's, by name; each has the shape of the parameter's shard with 1 for every dimension but its own."""
+def _accumulators(engine: Engine, name: str) -> list[torch.Tensor]:
+    """SM3's, by dimension; each has the shape of the parameter's shard with 1 for every dimension but its own."""
     base = _base_optimizer(engine)
     if not isinstance(base, SM3):
-        return {}
+        return []
     vectors = base.accumulators[name]
-    return {
-        f"accumulator_{d}": vector.view([-1 if d == other else 1 for other in range(len(vectors))])
-        for d, vector in enumerate(vectors)
-    }
+    return [vector.view([-1 if d == other else 1 for other in range(len(vectors))]) for d, vector in enumerate(vectors)]
 
 
 def optimizer_step(engine: Engine) -> int:
@@ -209,10 +207,9 @@ def restore(engine: Engine, reader: NativeReader, *, with_optimizer: bool) -> No
 def _restore_states(engine: Engine, reader: NativeReader, name: str, parameter: nn.Parameter) -> None:
     for state in moments_of(engine, name):
         _set_state(engine, parameter, state, _share(engine, name, parameter, reader.tensor(f"{name}/{state}")))
-    for state, vector in _accumulators(engine, name).items():
-        whole = reader.tensor(f"{name}/{state}")
-        is_divided = vector.numel() > 1 and vector.shape.index(vector.numel()) == split_dimension(name)
-        vector.copy_(_share(engine, name, parameter, whole) if is_divided else whole)
+    for dimension, vector in enumerate(_accumulators(engine, name)):
+        whole = reader.tensor(f"{name}/accumulator_{dimension}")
+        vector.copy_(_share(engine, name, parameter, whole) if dimension == split_dimension(name) else whole)
 
 
 def _check_optimizer(engine: Engine, reader: NativeReader) -> None:
@@ -241,10 +238,21 @@ def _set_state(engine: Engine, parameter: nn.Parameter, state: str, value: torch
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
     value = value.contiguous()
-    if state == MASTER:
+    if engine.config.parallel.zero_stage == 3 and value.numel() % engine.mesh.data_size:
+        # Where the ranks do not divide it, DeepSpeed 0.19.8 takes a part only, and not the whole.
+        key = None if state == MASTER else state
+        engine.deepspeed.optimizer.set_local_hp_param(_padded_part(parameter, value), parameter, key)
+    elif state == MASTER:
         safe_set_full_fp32_param(parameter, value)
     else:
         safe_set_full_optimizer_state(parameter, value, state)
+
+
+def _padded_part(parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a value, flat: ZeRO 3 pads the end and cuts it into equal parts."""
+    size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+    rank = dist.get_rank(parameter.ds_process_group)  # type: ignore[attr-defined]
+    return pad(value.flatten(), (0, size * (rank + 1) - value.numel()))[size * rank :]
 
 
 def _allocate_states(engine: Engine, step: int) -> None:

@@ -160,7 +160,7 @@ def test_show_names_the_source_of_each_value(tmp_path: Path, capsys: Any) -> Non
     assert shown["train_iters"] == (5, "command line")
     assert shown["optimizer.params.betas"] == ([0.9, 0.95], f"{path}:4")
     assert shown["optimizer.params.eps"] == (1e-8, "default")
-    assert shown["lr"] == (2e-3, f"{over}:1")
+    assert shown["optimizer.params.lr"] == (2e-3, f"{over}:1")
     assert shown["optimizer.type"] == ("adam", f"{path}:3")
     assert shown["lr_decay_iters"] == (5, "derived")
     assert shown["max_position_embeddings"] == (32, "derived")

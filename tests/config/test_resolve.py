@@ -79,7 +79,7 @@ def test_world_size_that_does_not_divide() -> None:
         ({"attention_config": [[3]]}, "attention_config: expected a list such as"),
         ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "bf16.enabled: fp16 is enabled too"),
         ({"precision": "fp32", "fp16": {"enabled": True}}, "fp16.enabled: contradicts precision 'fp32'"),
-        ({"fp16": {}}, "fp16.enabled: expected true or false, got None"),
+        ({"fp16": {}}, "fp16.enabled: not set; add enabled: true or enabled: false"),
         ({"fp16": {"enabled": True, "type": "bfloat16"}}, "fp16.type: 'bfloat16' contradicts fp16"),
         (
             {"zero_optimization": {"stage": 1, "overlap_com": True}},

@@ -110,7 +110,8 @@ def load(changes: dict[str, Any]) -> Config:
 )  # fmt: skip
 def test_loads(changes: dict[str, Any], announced: list[str]) -> None:
     notices = load(changes).notices
-    common = ["scaled_upper_triang_masked_softmax_fusion", "partition_activations", "synchronize_each_layer"]
+    common = ["fp16.fp16"] if changes.get("fp16", TRAINING["fp16"]) else []
+    common += ["scaled_upper_triang_masked_softmax_fusion", "partition_activations", "synchronize_each_layer"]
     assert len(notices) == len(announced) + len(common)
     for name in announced + common:
         assert sum(name in notice for notice in notices) == 1

@@ -127,7 +127,8 @@ def test_all_mistakes_are_told_at_once(model_file: Path, tmp_path: Path) -> None
         f"{path}:5: num_kv_heads: num_attention_heads 4 is not divisible by 3; nearest that works: 2",
         f"{path}:6: save: set without checkpoint_factor or extra_save_iters; add checkpoint_factor: 1000",
         f"{other}:1: min_lr: 1 is above optimizer.params.lr 0.0003; lower it",
-        f"{other}:2: hidden_size: set to 65 here and to 64 at {model_file}:3; keep one of them",
+        f"{other}:2: hidden_size: set to 65 here and to 64 at {model_file}:3; keep one of them, "
+        "or let this file win with --override",
         "command line: bf16.enabled: contradicts precision 'fp16'; set precision: bfloat16",
     ])  # fmt: skip
 
@@ -150,7 +151,8 @@ def test_key_in_two_files(model_file: Path, tmp_path: Path) -> None:
     assert load_config([model_file, same]).model.num_layers == 2
     other = write(tmp_path, "other.yml", "\n\nnum_layers: 3\n")
     lines = failure(model_file, other)
-    assert lines == [f"{other}:3: num_layers: set to 3 here and to 2 at {model_file}:3; keep one of them"]
+    mend = "keep one of them, or let this file win with --override"
+    assert lines == [f"{other}:3: num_layers: set to 3 here and to 2 at {model_file}:3; {mend}"]
     config = load_config([model_file, other], overrides=["num-layers=5"])
     assert config.model.num_layers == 5
     assert config.sources["num_layers"] == "command line"

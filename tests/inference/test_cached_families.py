@@ -1,12 +1,14 @@
 """Generation with a cache is generation without, for every kind of attention, padded prompts included."""
 
+from typing import Any
+
 import pytest
 import torch
 from model.families import FAMILIES, family
 
 from neox.inference.cache import KeyValueCache
 from neox.inference.generate import GenerationSettings, generate
-from neox.model.attention import AttentionContext
+from neox.model.attention import Attention, AttentionContext
 
 PROMPTS = [[3, 5, 7], [11, 13, 17, 19, 23, 29, 31, 37, 41], [2], [8, 9, 10, 11, 12, 13]]
 
@@ -36,3 +38,15 @@ def test_the_cache_holds_the_heads_of_keys_only() -> None:
     model.hidden(torch.tensor([[1, 2, 3]]), [AttentionContext(positions_BS=positions, cache=cache) for cache in caches])
     assert caches[0]._keys is not None
     assert caches[0]._keys.shape == (1, 8, 2, 8)
+
+
+def test_a_step_makes_its_mask_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, build = [], Attention.mask
+
+    def counted(self: Attention, *args: Any, **options: Any) -> torch.Tensor | None:
+        made.append(options["keys"])
+        return build(self, *args, **options)
+
+    monkeypatch.setattr(Attention, "mask", counted)
+    generate(family("alibi_gqa_window"), PROMPTS, settings=GenerationSettings(maximum_tokens=4), eod=-1)
+    assert made == [9, 10, 11, 12]

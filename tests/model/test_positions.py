@@ -11,6 +11,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from neox.config import ModelConfig, config_from_dict
 from neox.errors import ConfigError
+from neox.model.build import build_decoder, fresh_weights
 from neox.model.positions import (
     RotaryEmbedding,
     alibi_slopes,
@@ -149,3 +150,9 @@ def test_scaling_needs_rotary_positions() -> None:
         rotary_model(YARN, pos_emb="alibi")
     with pytest.raises(ConfigError, match="'dynamic' needs 4 rotated dimensions or more"):
         rotary_model(DYNAMIC, rotary_pct=2 / 32)
+
+
+def test_layers_share_one_copy_of_the_tables() -> None:
+    config = config_from_dict(BASE | {"pos_emb": "rotary", "num_layers": 3, "train_micro_batch_size_per_gpu": 1})
+    model = build_decoder(config.model, source=fresh_weights(config), dtype=torch.bfloat16)
+    assert len({buffer.data_ptr() for buffer in model.buffers()}) == 2

@@ -10,10 +10,17 @@ from training.growth import CURRICULUM, END, LENGTHS, RAMP, SIZES, by_hand, pack
 from training.layouts import MODEL, VOCABULARY
 
 from neox.config import config_from_dict
+from neox.data import build_datasets
+from neox.errors import UserError
+from neox.model.attention import Attention
 from neox.model.build import build_decoder, fresh_weights
 from neox.model.layers import Decoder
 from neox.model.loss import Targets
+from neox.model.positions import RotaryEmbedding
+from neox.parallel.mesh import build_mesh
 from neox.training.batches import document_context, micro_batch
+from neox.training.preflight import prepare
+from neox.training.run import batch_maker, build_engine, train_loader
 
 MODELS: dict[str, dict[str, Any]] = {
     "rotary": {},
@@ -141,3 +148,33 @@ def test_masking_and_loss_at_the_ends_are_two_switches() -> None:
             assert (made.mask_BS is None) == (mask_after is None)
             if made.mask_BS is not None:
                 assert torch.equal(made.mask_BS == 0, is_end)
+
+
+def masks_and_tables(flat: dict[str, Any], world_size: int) -> tuple[int, int]:
+    """How many masks a step makes on this rank, and how many rotary tables it holds."""
+    made, build = [], Attention.mask
+
+    def counted(self: Attention, *args: Any, **options: Any) -> torch.Tensor | None:
+        made.append(options["keys"])
+        return build(self, *args, **options)
+
+    Attention.mask = counted
+    torch.set_num_threads(1)
+    config = config_from_dict(flat, world_size=world_size)
+    mesh = build_mesh(config)
+    engine = build_engine(config, mesh, fresh_weights(config))
+    engine.train_step(batch_maker(config, mesh).next(train_loader(config, mesh, build_datasets(config), 0)))
+    tables = {id(table) for m in engine.deepspeed.modules() if isinstance(m, RotaryEmbedding) for table in m.buffers()}
+    return len(made), len(tables)
+
+
+def test_blocks_of_a_stage_share_masks_and_tables(documents: str) -> None:
+    changes = {"num_layers": 4, "pipe_parallel_size": 2, "gradient_accumulation_steps": 3, "train_batch_size": 12}
+    flat = settings(documents, **changes)
+    assert run_ranks(masks_and_tables, 2, flat, 2) == [(3, 2), (3, 2)]
+
+
+def test_the_token_that_ends_documents_is_looked_up_before_any_worker_starts(documents: str) -> None:
+    flat = settings(documents, eod_mask_loss=False, tokenizer_type="HFTokenizer", vocab_file="absent.json")
+    with pytest.raises(UserError, match=r"absent\.json"):
+        prepare(config_from_dict(flat, world_size=1))

@@ -188,8 +188,13 @@ def test_resuming_is_bitwise(tmp_path: Path, corpus: str, run_folder: Path) -> N
     assert all(is_factor(key.partition("/")[0]) or key.startswith("rng/") for key in states)
 
 
-def test_resuming_in_half_precision_is_bitwise(tmp_path: Path, corpus: str) -> None:
-    half = {"precision": "bfloat16", "zero_optimization": {"stage": 2}}
+@pytest.mark.parametrize(
+    "changes",
+    [{"zero_optimization": {"stage": 2}}, {"pipe_parallel_size": 2, "no_weight_tying": False}],
+    ids=["zero2", "pp2_tied"],
+)
+def test_resuming_in_half_precision_is_bitwise(tmp_path: Path, corpus: str, changes: dict[str, Any]) -> None:
+    half = {"precision": "bfloat16"} | changes
     whole, again = tmp_path / "whole", tmp_path / "again"
     run_ranks(train, 2, saving(corpus, whole, **half), 2)
     run_ranks(train, 2, saving(corpus, again, **half) | {"load": str(whole), "iteration": SAVED}, 2)

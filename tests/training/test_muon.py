@@ -23,6 +23,8 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "tp2": ("plain", 2, {"model_parallel_size": 2}),
     "dp2": ("plain", 2, {}),
     "pp2": ("plain", 2, {"pipe_parallel_size": 2, "gradient_accumulation_steps": 2}),
+    # The stage in the middle has blocks alone, and so a parameter group less.
+    "pp3": ("deep", 3, {"pipe_parallel_size": 3, "gradient_accumulation_steps": 2}),
     "dp2_zero2": ("grouped", 2, {"zero_optimization": {"stage": 2}}),
     "dp3_zero1": ("grouped", 3, {"zero_optimization": {"stage": 1}}),
     "tp2_dp2_zero1": ("grouped", 4, {"model_parallel_size": 2, "zero_optimization": {"stage": 1}}),
@@ -31,13 +33,14 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
 
 
 def settings(corpus: str, family: str) -> dict[str, Any]:
-    changes = {"plain": {}, "grouped": GROUPED, "bf16": {"precision": "bfloat16"}}[family]
+    bf16, deep = {"precision": "bfloat16"}, {"num_layers": 3}
+    changes = {"plain": {}, "grouped": GROUPED, "bf16": bf16, "deep": deep}[family]
     return MODEL | TRAINING | MUON | {"data_path": corpus} | changes
 
 
 @pytest.fixture(scope="module")
 def references(corpus: str) -> dict[str, Curve]:
-    return {family: curve_of(settings(corpus, family), 1) for family in ("plain", "grouped", "bf16")}
+    return {family: curve_of(settings(corpus, family), 1) for family in ("plain", "grouped", "bf16", "deep")}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -66,11 +66,16 @@ def test_weight_decay_groups_are_upstreams(family: str) -> None:
 
 
 ADAM = {"type": "Adam", "params": {"lr": 3e-3}}
+FASTER = {"type": "Adam", "params": {"lr": 2e-2}}
 MADGRAD = {"type": "madgrad_wd", "params": {"lr": 1e-3}}
 MUON = {"type": "Muon", "params": {"lr": 3e-3}}
+UNEVEN = {"norm": "scalenorm", "intermediate_size": 201}
 RESUMED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "sgd_zero2": ({"type": "SGD", "params": {"lr": 0.1, "momentum": 0.5}}, {"zero_optimization": {"stage": 2}}),
     "lion_zero3": ({"type": "Lion", "params": {"lr": 1e-3}}, {"zero_optimization": {"stage": 3}}),
+    # Two ranks share parameters of 1 and of 201 elements.
+    "uneven_zero3": (FASTER, UNEVEN | {"zero_optimization": {"stage": 3}}),
+    "uneven_zero3_bf16": (FASTER, UNEVEN | {"zero_optimization": {"stage": 3}, "precision": "bfloat16"}),
     "sm3": ({"type": "SM3", "params": {"lr": 0.05}}, {}),
     "sm3_zero2": ({"type": "SM3", "params": {"lr": 0.05, "momentum": 0.9}}, {"zero_optimization": {"stage": 2}}),
     "madgrad_zero1": (MADGRAD, {"zero_optimization": {"stage": 1}}),
@@ -123,20 +128,26 @@ def weights_and_losses(config: Config, mesh: Mesh) -> tuple[dict[str, np.ndarray
     return weights, [float(step.loss) for step in recorder.steps]
 
 
+def saving(folder: Path, corpus: str, optimizer: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    flat = {"data_path": corpus, "optimizer": optimizer, "train_iters": STEPS, "save": str(folder)}
+    return MODEL | TRAINING | flat | {"checkpoint_factor": 100, "warmup": 0.0} | changes
+
+
 def test_every_optimizer_goes_on_bitwise(tmp_path: Path, corpus: str) -> None:
     pytest.importorskip("bitsandbytes")
-    flats = {
-        name: MODEL
-        | TRAINING
-        | {"data_path": corpus, "optimizer": optimizer, "train_iters": STEPS, "save": str(tmp_path / name)}
-        | {"checkpoint_factor": 100, "warmup": 0.0}
-        | changes
-        for name, (optimizer, changes) in RESUMED.items()
-    }
+    flats = {name: saving(tmp_path / name, corpus, *case) for name, case in RESUMED.items()}
     results = run_ranks(whole_and_resumed, 2, flats, 2)
     for name in RESUMED:
         assert [rank[name][0] for rank in results] == [True, True], name
         assert results[0][name][2] < results[0][name][1] - 0.1, f"{name} does not learn"
+
+
+def test_accumulators_of_one_number_at_tensor_parallel(tmp_path: Path, corpus: str) -> None:
+    """LoRA's factors of rank 1 have a dimension of 1 that is not the divided one."""
+    changes = {"lora": {"rank": 1}, "model_parallel_size": 2, "num_kv_heads": 2}
+    flat = saving(tmp_path, corpus, {"type": "SM3", "params": {"lr": 0.05}}, changes)
+    results = run_ranks(whole_and_resumed, 2, {"sm3": flat}, 2)
+    assert [rank["sm3"][0] for rank in results] == [True, True]
 
 
 def saved_on_the_way(flat: dict[str, Any], world_size: int) -> dict[str, np.ndarray]:

@@ -1,0 +1,117 @@
+"""Rules of DeepSpeed's sections: names, types and bounds inside them, and what goes together."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from neox.config.deepspeed import ABOVE_ZERO, ANY_SIGN, AT_MOST_ONE, LEFTOVERS, SECTIONS, DeepSpeedConfig
+from neox.config.keys import mismatch, number
+from neox.config.model import ModelConfig
+from neox.config.problems import Problems, did_you_mean
+
+_MUST_SAY_ENABLED = ("fp16", "bf16", "flops_profiler")
+_SPELLINGS = {"fp16": ("fp16", "float16"), "bf16": ("bf16", "bfloat16")}
+
+
+def resolve_deepspeed(deepspeed: DeepSpeedConfig, problems: Problems, notices: list[str]) -> DeepSpeedConfig:
+    """Check the sections, those of deepspeed_extra_args too, and announce what upstream's files carry for nothing."""
+    for name in _MUST_SAY_ENABLED:
+        section = getattr(deepspeed, name)
+        if section is not None and "enabled" not in section:
+            problems.add(f"{name}.enabled", "not set; add enabled: true or enabled: false")
+    extra = deepspeed.deepspeed_extra_args or {}
+    for place, kinds in SECTIONS.items():
+        name, _, inner = place.partition(".")
+        for path, section in ((place, getattr(deepspeed, name)), (f"deepspeed_extra_args.{place}", extra.get(name))):
+            inside = section.get(inner) if inner and isinstance(section, dict) else section
+            _check_section(path, inside, kinds, problems)
+    for name, spellings in _SPELLINGS.items():
+        _check_leftovers(name, spellings, getattr(deepspeed, name) or {}, problems, notices)
+    _check_zero_extensions(deepspeed, problems)
+    return deepspeed
+
+
+def settle_types(deepspeed: DeepSpeedConfig, model: ModelConfig) -> DeepSpeedConfig:
+    """Fill in the types that gradients are summed and reduced in, where DeepSpeed's own choice is not ours."""
+    in_bf16 = model.precision == "bfloat16"
+    communication, types = deepspeed.communication_data_type, deepspeed.data_types
+    if in_bf16:
+        # Eight bits of mantissa lose small gradients when many micro-batches or ranks are summed.
+        types = {"grad_accum_dtype": "fp32"} | (types or {})
+    if in_bf16 or deepspeed.fp32_allreduce:
+        communication = communication or "fp32"
+    return deepspeed.model_copy(update={"communication_data_type": communication, "data_types": types})
+
+
+def _check_section(place: str, section: Any, kinds: dict[str, Any], problems: Problems) -> None:
+    if not isinstance(section, dict):
+        return  # absent, or a wrong type that the section around it tells
+    for key, value in section.items():
+        if key not in kinds:
+            problems.add(f"{place}.{key}", f"unknown key{did_you_mean(str(key), sorted(kinds)) or '; remove it'}")
+        elif kinds[key] is not Any and value is not None:
+            wrong = mismatch(value, kinds[key]) or _out_of_bounds(key, value, kinds[key])
+            if wrong:
+                problems.add(f"{place}.{key}", wrong)
+
+
+def _out_of_bounds(key: str, value: Any, kind: Any) -> str:
+    if kind not in (int, float) or key in ANY_SIGN:
+        return ""
+    amount = number(value)
+    if key in ABOVE_ZERO and not amount > 0:
+        return f"expected more than 0, got {value!r}"
+    if key in AT_MOST_ONE and not 0 <= amount <= 1:
+        return f"expected 0 to 1, got {value!r}"
+    return "" if amount >= 0 else f"expected at least 0, got {value!r}"
+
+
+def _check_leftovers(
+    name: str, spellings: tuple[str, ...], section: dict[str, Any], problems: Problems, notices: list[str]
+) -> None:
+    """Announce keys that DeepSpeed itself would refuse and upstream's files have all the same."""
+    if section.get("type", name) not in spellings:
+        problems.add(
+            f"{name}.type",
+            f"{section['type']!r} contradicts {name}, which is what runs; remove it or change the section",
+        )
+    for key in (key for key in section if key in LEFTOVERS[name]):
+        place = problems.place(f"{name}.{key}")
+        where = f"{place}: {name}.{key}" if place else f"{name}.{key}"
+        why = f"{name}.enabled is what counts" if key in (name, "type") else f"{name} has no loss scale"
+        notices.append(f"{where} has no effect: {why}")
+
+
+def _check_zero_extensions(deepspeed: DeepSpeedConfig, problems: Problems) -> None:
+    """Check what DeepSpeed has at some ZeRO stages only."""
+    zero = deepspeed.zero_optimization or {}
+    stage = zero.get("stage", 0)
+    for key, least in _least_stages(zero):
+        if isinstance(stage, int) and stage < least:
+            stages = "stage 3" if least == 3 else "stage 1, 2 or 3"
+            problems.add(f"zero_optimization.{key}", f"needs {stages}, got {stage!r}; set stage: {least}, or remove it")
+    for key in ("offload_optimizer", "offload_param"):
+        section = zero.get(key)
+        if not isinstance(section, dict) or section.get("device") != "nvme":
+            continue
+        place = f"zero_optimization.{key}"
+        if key == "offload_optimizer" and stage in (1, 2):
+            problems.add(f"{place}.device", f"'nvme' needs stage 3, got {stage}; set device: cpu, or stage: 3")
+        elif not section.get("nvme_path"):
+            problems.add(f"{place}.nvme_path", "not set, and device is nvme; add nvme_path: a folder on the drive")
+
+
+def _least_stages(zero: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    """Keys that ask for something, each with the least ZeRO stage that has it."""
+    for key, least in (("offload_param", 3), ("cpu_offload_param", 3), ("offload_optimizer", 1), ("cpu_offload", 1)):
+        if offloads(zero.get(key)):
+            yield key, least
+    for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
+        if zero.get(key):
+            yield key, 3
+    if zero.get("zero_hpz_partition_size", 1) != 1:
+        yield "zero_hpz_partition_size", 3
+
+
+def offloads(section: Any) -> bool:
+    """Whether a value of offload_optimizer, offload_param, or of their retired spellings, asks for anything."""
+    return section.get("device", "none") != "none" if isinstance(section, dict) else section is True
