@@ -4,9 +4,11 @@ The fork server imports torch, DeepSpeed and megatron-core once; each rank is a 
 multi-process test costs about a second instead of half a minute.
 """
 
+import contextlib
 import multiprocessing
 import os
 import pickle
+import random
 import socket
 import tempfile
 import time
@@ -92,10 +94,12 @@ def _kill(processes: list[BaseProcess]) -> None:
 
 
 def free_port() -> int:
-    """A TCP port nobody listens on now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A TCP port nobody listens on now, below those that the kernel gives to connections."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 30_000)
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 def _wait(processes: list[BaseProcess], timeout: float) -> None:

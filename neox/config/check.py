@@ -15,6 +15,22 @@ _OFTEN_MEANT = {
     "decay_lr_to": "min_lr",
     "attention_type": "attention_config",
     "mlp_type": "activation",
+    # as other frameworks spell them
+    "vocab_size": "padded_vocab_size",
+    "block_size": "seq_length",
+    "n_layer": "num_layers",
+    "num_hidden_layers": "num_layers",
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "hidden_act": "activation",
+    "rope_theta": "rotary_emb_base",
+    "rms_norm_eps": "rms_norm_epsilon",
+    "sliding_window": "sliding_window_width",
+    "tie_word_embeddings": "no_weight_tying",
+    "learning_rate": "optimizer.params.lr",
+    "max_steps": "train_iters",
+    "use_rmsnorm": "norm",
     "autotuning_config": "autotuning",
     "gas": "gradient_accumulation_steps",
 }
@@ -163,6 +179,9 @@ def _explain(detail: dict[str, Any], place: Place, whole: Any) -> str:
         name, words = _BOUND[kind]
         return f"expected {words} {context[name]:g}, got {value!r}"
     if kind == "literal_error":
+        retired = place.extra["retired"].get(str(value).lower())
+        if retired:
+            return f"{value!r} {retired}"
         known = str(value).lower() in place.extra["upstream"]
         choices = re.findall(r"'([^']*)'", context["expected"])
         what = "not supported yet" if known else f"unknown{did_you_mean(str(value), choices)}"

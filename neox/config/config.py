@@ -206,7 +206,7 @@ def _resolve(
         "model",
         "parallel",
     )
-    apply(lambda data: check_data(data, problems), "data")
+    apply(lambda data: check_data(data, problems, notices), "data")
     apply(lambda checkpoint: check_checkpoint(checkpoint, problems), "checkpoint")
     apply(lambda logging: check_logging(logging, problems), "logging")
     apply(lambda launch: check_launch(launch, problems), "launch")

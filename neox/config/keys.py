@@ -5,6 +5,7 @@ row of its topic's `OTHER_KEYS` (a key that is accepted, retired, internal or no
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -84,6 +85,7 @@ def setting(
     *,
     key: str = "",
     upstream: tuple[str, ...] = (),
+    retired: Mapping[str, str] | None = None,
     rule: str = "",
     **bounds: Any,
 ) -> Any:
@@ -94,16 +96,18 @@ def setting(
         description: what it does, with its unit.
         key: dotted place in the YAML when it is not the field's own name, e.g. `optimizer.type`.
         upstream: values that upstream knows and that are not supported yet.
+        retired: values that are gone for good, each with what to do instead.
         rule: how the value is derived when absent, or which other keys it is bound to, in a short sentence.
         bounds: pydantic's `gt`, `ge`, `lt`, `le`.
     """
     extra: dict[str, Any] = {"status": Status.HONOURED, "key": key, "upstream": upstream, "rule": rule}
+    extra["retired"] = dict(retired or {})
     return Field(default, description=description, json_schema_extra=extra, **bounds)
 
 
 def derived(default: Any, description: str) -> Any:
     """Declare a field that is computed and cannot be set."""
-    extra: dict[str, Any] = {"status": Status.DERIVED, "key": "", "upstream": (), "rule": ""}
+    extra: dict[str, Any] = {"status": Status.DERIVED, "key": "", "upstream": (), "rule": "", "retired": {}}
     return Field(default, description=description, json_schema_extra=extra)
 
 
@@ -132,6 +136,8 @@ def number_hint(value: Any) -> str:
     if not isinstance(value, str) or not re.match(r"\s*[-+]?\.?[0-9]", value):
         return ""
     mended = re.sub(r"[_,\s]", "", re.sub(r"(?<=[eE])_", "-", value))
+    if NUMBER.fullmatch(mended) and mended == value.strip():  # 007 reads as text; some YAML readers take it for octal
+        mended = re.sub(r"^([-+]?)0+(?=[0-9])", r"\1", mended)
     return f"; write {mended}" if NUMBER.fullmatch(mended) else "; write it like 1.5, 3e-4 or 1000"
 
 

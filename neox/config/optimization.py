@@ -15,8 +15,13 @@ OptimizerName = Literal[
     "muon",
     "cpu_adam",
     "cpu_torch_adam",
-    "onebitadam",
 ]
+
+
+_ONE_BIT = (
+    "is gone from DeepSpeed; set type: Adam, and to send fewer bytes zero_optimization: {stage: 3, "
+    "zero_quantized_gradients: true} (ZeRO++) or communication_data_type: bf16"
+)
 
 
 class BatchConfig(Section):
@@ -52,8 +57,9 @@ class OptimizerConfig(Section):
     type: Annotated[OptimizerName, Lower] = setting(
         "adam",
         "Rule of the update. Adam and AdamW are one and the same: decoupled weight decay. cpu_adam and "
-        "cpu_torch_adam are AdamW on the CPU and need zero_optimization.offload_optimizer. onebitadam is refused.",
+        "cpu_torch_adam are AdamW on the CPU and need zero_optimization.offload_optimizer.",
         key="optimizer.type",
+        retired=dict.fromkeys(("onebitadam", "onebitlamb", "zerooneadam"), _ONE_BIT),
     )
     params: dict[str, Any] = setting(
         {},

@@ -26,7 +26,7 @@ def resolve_model(
             "precision": _precision(model, deepspeed, problems),
         }
     )
-    _check_positions(model, problems)
+    _check_positions(model, problems, notices)
     _check_block(model, problems, notices)
     return resolve_attention(model, problems)
 
@@ -55,7 +55,10 @@ def _norm(model: ModelConfig, notices: list[str]) -> str:
     return norm
 
 
-def _check_positions(model: ModelConfig, problems: Problems) -> None:
+def _check_positions(model: ModelConfig, problems: Problems, notices: list[str]) -> None:
+    for key in ("rotary_pct", "rotary_emb_base"):
+        if model.pos_emb != "rotary" and getattr(model, key) != ModelConfig.model_fields[key].default:
+            notices.append(f"{key} has no effect: pos_emb is {model.pos_emb}")
     offset, rows = model.opt_pos_emb_offset, model.max_position_embeddings
     if model.pos_emb == "sinusoidal" and model.hidden_size % 2:
         problems.add(

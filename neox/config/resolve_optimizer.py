@@ -31,7 +31,6 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "betas": [0.9, 0.95],
         "eps": 1e-8,
     },
-    "onebitadam": _ADAM | {"freeze_step": 0, "cuda_aware": False, "comm_backend_name": ""},
 }
 _FIXED = {"adam_w_mode": True, "adamw_mode": True, "bias_correction": True, "amsgrad": False, "torch_adam": True}
 """Arguments of DeepSpeed's Adam that have one supported value here."""
@@ -56,6 +55,8 @@ def resolve_optimizer(
         return optimizer
     if "type" not in optimizer.model_fields_set and "optimizer.type" not in problems.wrong:
         problems.add("optimizer", "has no type; add type: Adam")
+    if "optimizer.type" in problems.wrong:
+        return optimizer  # the arguments are those of whatever was meant
     optimizer = _with_8_bit(optimizer, problems)
     defaults = {name: value for name, value in _DEFAULTS[optimizer.type].items() if value is not None}
     params = {**defaults, **_checked_params(optimizer, problems)}
@@ -96,12 +97,6 @@ def _check_type(
     section = zero.get("offload_optimizer")
     offloads = bool(zero.get("cpu_offload")) or (isinstance(section, dict) and section.get("device") != "none")
     kind, stage = optimizer.type, parallel.zero_stage
-    if kind == "onebitadam":
-        problems.add(
-            "optimizer.type",
-            "onebitadam is gone from DeepSpeed; set type: Adam, and to send fewer bytes zero_optimization: {stage: 3, "
-            "zero_quantized_gradients: true} (ZeRO++) or communication_data_type: bf16",
-        )
     if kind in ("cpu_adam", "cpu_torch_adam") and not offloads:
         problems.add(
             "optimizer.type",

@@ -29,6 +29,8 @@ def resolve_parallel(
     _check_stages(parallel, model, problems)
     _check_tied_ends(parallel, model, deepspeed, problems)
     _check_secondary_partition(parallel, deepspeed, world_size, problems)
+    if parallel.sequence_parallel and parallel.model_parallel_size == 1:
+        notices.append("sequence_parallel has no effect: model_parallel_size is 1")
     return parallel.model_copy(
         update={
             "world_size": world_size,

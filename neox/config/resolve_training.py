@@ -26,8 +26,10 @@ def resolve_training(training: TrainingConfig, data: DataConfig, problems: Probl
     return training.model_copy(update={name: evaluates for name in ("do_valid", "do_test") if name not in given})
 
 
-def check_data(data: DataConfig, problems: Problems) -> None:
+def check_data(data: DataConfig, problems: Problems, notices: list[str]) -> None:
     """Check that datasets, labels and weights go together."""
+    if data.weighted_sampler_alpha != 1.0 and not data.weight_by_num_documents:
+        notices.append("weighted_sampler_alpha has no effect: weight_by_num_documents is not set")
     lists = {split: getattr(data, f"{split}_data_paths") for split in ("train", "valid", "test")}
     named = [f"{split}_data_paths" for split, paths in lists.items() if paths]
     if data.data_path is not None and named:

@@ -17,6 +17,13 @@ from neox.errors import ConfigError
 
 ROTARY = {"pos_emb": "rotary"}
 FP16 = {"enabled": True}
+CURRICULUM = {
+    "enabled": True,
+    "min_difficulty": 8,
+    "max_difficulty": 32,
+    "schedule_type": "fixed_linear",
+    "schedule_config": {"total_curriculum_step": 10, "difficulty_step": 8},
+}
 
 
 def check(tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], *words: str) -> list[str]:
@@ -105,6 +112,17 @@ def check(tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str,
             {"curriculum_learning": {"min_difficulty": 8}},
             "F:9: curriculum_learning.enabled: not set; add enabled: true or enabled: false",
         ),
+        (
+            {"optimizer": {"type": "ZeroOneAdam", "params": {"lr": 1e-3, "var_freeze_step": 100}}},
+            "F:6: optimizer.type: 'zerooneadam' is gone from DeepSpeed; set type: Adam, and to send fewer bytes ",
+        ),
+        (
+            {"curriculum_learning": CURRICULUM},
+            "F:9: curriculum_learning.curriculum_type: expected 'seqlen', and it is not set; add it",
+        ),
+        ({"seed": "007"}, "F:9: seed: expected an integer, got '007'; write 7"),
+        ({"n_embd": 64}, "F:9: n_embd: unknown key; did you mean 'hidden_size'?"),
+        ({"tie_word_embeddings": True}, "F:9: tie_word_embeddings: unknown key; did you mean 'no_weight_tying'?"),
         ({"flops_profiler": {"profile_step": 1}}, "F:9: flops_profiler.enabled: not set; add enabled: true or "),
     ],
 )
@@ -137,6 +155,21 @@ def test_one_line_about_the_command_line(
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is a folder; name a file in it"):
         load_config([tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("changes", "notice"),
+    [
+        ({"pos_emb": "learned", "rotary_emb_base": 500000}, "rotary_emb_base has no effect: pos_emb is learned"),
+        ({"sequence_parallel": True}, "sequence_parallel has no effect: model_parallel_size is 1"),
+        (
+            {"weighted_sampler_alpha": 0.5},
+            "weighted_sampler_alpha has no effect: weight_by_num_documents is not set",
+        ),
+    ],
+)
+def test_what_another_key_makes_idle_is_announced(changes: dict[str, Any], notice: str) -> None:
+    assert config_from_dict(sample(**changes)).notices == (notice,)
 
 
 @pytest.mark.parametrize("section", ["fp16", "bf16"])

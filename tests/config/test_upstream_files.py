@@ -134,7 +134,7 @@ def test_loads(changes: dict[str, Any], announced: list[str]) -> None:
         ({"optimizer": {"type": "Adam", "params": {"lr": 6e-4, "max_grad_norm": 1.0}}},
          ["optimizer.params.max_grad_norm: unknown argument of adam; remove it, gradient_clipping is what clips"]),
         ({"optimizer": {"type": "OneBitAdam", "params": {"lr": 6e-4, "freeze_step": 23000}}},
-         ["optimizer.type: onebitadam is gone from DeepSpeed; set type: Adam"]),
+         ["optimizer.type: 'onebitadam' is gone from DeepSpeed; set type: Adam"]),
         ({"autotuning": {"enabled": True}}, ["autotuning: {'enabled': True} is not supported yet"]),
         ({"train_impl": "dpo"}, ["train_impl: 'dpo' is not supported yet"]),
     ],
