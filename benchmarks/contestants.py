@@ -21,7 +21,7 @@ from neox.model.build import build_decoder, fresh_weights, meta_decoder
 from neox.model.layers import Decoder
 from neox.parallel.mesh import Mesh, build_mesh
 from neox.training.batches import GlobalBatch, global_batch, micro_batch
-from neox.training.optimizer import build_optimizer
+from neox.training.optimizers.build import build_optimizer
 from neox.training.plain import PlainEngine
 
 

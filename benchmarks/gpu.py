@@ -159,7 +159,7 @@ def _timed_row(
 
     from benchmarks.measure import Speed, time_interleaved
     from neox.model.flops import flops_per_token
-    from neox.training.throughput import device_peak_tflops
+    from neox.training.metrics.throughput import device_peak_tflops
 
     sequence, on_gpu = config.model.seq_length, device.type == "cuda"
     tokens = torch.randint(config.model.padded_vocab_size, (micro_batch, sequence + 1), device=device)

@@ -14,10 +14,10 @@ from neox.model.flops import TokenFlops, flops_per_token
 from neox.parallel.mesh import Mesh
 from neox.training.checkpoints import is_save_point, save_run
 from neox.training.engine import Engine
-from neox.training.loggers import MetricLog
 from neox.training.loop import Step
+from neox.training.metrics.loggers import MetricLog
+from neox.training.metrics.throughput import Throughput, device_peak_tflops
 from neox.training.schedule import LRSchedule
-from neox.training.throughput import Throughput, device_peak_tflops
 from neox.training.validation import Evaluator, evaluations_before
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from neox.config import Config, deepspeed_dict
 from neox.parallel.mesh import Mesh
 from neox.training.batches import GlobalBatch
-from neox.training.optimizer import build_optimizer
+from neox.training.optimizers.build import build_optimizer
 
 
 class Engine(ABC):
@@ -93,7 +93,7 @@ def start_deepspeed(model: nn.Module, config: Config, mesh: Mesh, **changes: Any
     """
     import deepspeed
 
-    from neox.training.timers import console_settings, install_timers
+    from neox.training.metrics.timers import console_settings, install_timers
 
     join_deepspeed()
     optimizer = build_optimizer(named_by_canon(model).items(), config, mesh)

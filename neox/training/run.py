@@ -23,13 +23,13 @@ from neox.training.callbacks import Checkpoints, Evaluation, Metrics
 from neox.training.checkpoints import resume_run
 from neox.training.curriculum import curriculum_of
 from neox.training.engine import Engine
-from neox.training.loggers import MetricLog
 from neox.training.loop import Callback, Run, training_loop
-from neox.training.monitors import monitors
+from neox.training.metrics.loggers import MetricLog
+from neox.training.metrics.monitors import monitors
+from neox.training.metrics.profiling import profilers
+from neox.training.metrics.tee import copied_output
 from neox.training.plain import PlainEngine
-from neox.training.profiling import profilers
 from neox.training.schedule import LRSchedule
-from neox.training.tee import copied_output
 from neox.training.validation import Evaluator
 
 

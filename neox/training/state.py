@@ -16,8 +16,8 @@ from neox.checkpoint.native import NativeReader, StoredTensor
 from neox.errors import CheckpointError
 from neox.parallel.splits import join_shards, split_dimension, take_shard
 from neox.training.engine import Engine
-from neox.training.optimizer import ADAMS, state_names
-from neox.training.sm3 import SM3
+from neox.training.optimizers.build import ADAMS, state_names
+from neox.training.optimizers.sm3 import SM3
 
 MASTER = "master"
 

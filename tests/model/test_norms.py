@@ -6,7 +6,7 @@ import torch
 from neox.config import config_from_dict
 from neox.model.layers import Decoder
 from neox.model.norms import build_norm
-from neox.training.optimizer import decays
+from neox.training.optimizers.build import decays
 
 SHAPE = {
     "num_layers": 2,

@@ -11,7 +11,7 @@ import pytest
 
 from neox.errors import ConfigError
 from neox.training import loggers
-from neox.training.loggers import BarSink, JsonLinesSink, LineSink, MetricLog, console_lines, wants_wandb
+from neox.training.metrics.loggers import BarSink, JsonLinesSink, LineSink, MetricLog, console_lines, wants_wandb
 
 TRAIN = {
     "train/lm_loss": 2.25,

@@ -13,10 +13,10 @@ from training.layouts import ADAMW, MODEL, TRAINING, allow_fp16_on_cpu
 
 from neox.config import config_from_dict
 from neox.errors import ConfigError
-from neox.training.monitors import GradientNoiseScale, NoiseAverage
-from neox.training.profiling import MemoryHistory
+from neox.training.metrics.monitors import GradientNoiseScale, NoiseAverage
+from neox.training.metrics.profiling import MemoryHistory
+from neox.training.metrics.tee import copied_output
 from neox.training.run import train
-from neox.training.tee import copied_output
 
 WATCH = {
     "log_grad_norm": True,

@@ -9,8 +9,8 @@ from training.layouts import MODEL, TRAINING, Curve, curve_of
 
 from neox.config import config_from_dict
 from neox.model.build import build_decoder, fresh_weights
-from neox.training.muon import orthogonalize, update_scale
-from neox.training.optimizer import build_optimizer
+from neox.training.optimizers.build import build_optimizer
+from neox.training.optimizers.muon import orthogonalize, update_scale
 
 MUON = {
     "optimizer": {"type": "Muon", "params": {"lr": 3e-3, "momentum": 0.9, "adamw_lr": 1e-3}},

@@ -18,7 +18,7 @@ from neox.errors import ConfigError
 from neox.parallel.mesh import Mesh, build_mesh
 from neox.training.checkpoints import save_run
 from neox.training.loop import Run, training_loop
-from neox.training.optimizer import build_optimizer, parameter_groups
+from neox.training.optimizers.build import build_optimizer, parameter_groups
 from neox.training.run import batch_maker, start_or_resume, train_loader
 from neox.training.state import owned_tensors
 
@@ -203,6 +203,6 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, kind: str, 
     def missing(name: str) -> Callable[..., Any]:
         raise ImportError(name)
 
-    monkeypatch.setattr("neox.training.optimizer.import_module", missing)
+    monkeypatch.setattr("neox.training.optimizers.build.import_module", missing)
     with pytest.raises(ConfigError, match=f"pip install {package}"):
         build_optimizer([], config_of({"type": kind, "params": {"lr": 1e-3}}))

@@ -6,7 +6,7 @@ import pytest
 from training.layouts import ADAMW, MODEL, TRAINING
 
 from neox.config import config_from_dict
-from neox.training.loggers import MetricLog
+from neox.training.metrics.loggers import MetricLog
 
 
 def log_two_steps(changes: dict[str, object]) -> None:

@@ -104,7 +104,19 @@ def test_dropout_was_on(tmp_path: Path, sources: dict[str, Any]) -> None:
     assert figures(tmp_path)[1, "train/lm_loss"] != figures(tmp_path / "loud")[1, "train/lm_loss"]
 
 
-@pytest.mark.parametrize("changes", [{}, {"precision": "bfloat16"}], ids=["fp32", "bf16"])
+FIRST = {"model_parallel_size": 2, "pipe_parallel_size": 2, "hidden_dropout": 0.0, "attention_dropout": 0.0}
+
+
+@pytest.fixture(scope="module", params=["fp32", "bfloat16"])
+def first_run(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, sources: dict[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """Precision and settings of a whole (tensor 2, pipeline 2) run, saved on the way."""
+    flat = settings(sources, tmp_path_factory.mktemp("whole")) | FIRST | {"precision": request.param}
+    run_ranks(train, 4, flat, 4)
+    return request.param, flat
+
+
 @pytest.mark.parametrize(
     ("world_size", "layout"),
     [
@@ -115,18 +127,16 @@ def test_dropout_was_on(tmp_path: Path, sources: dict[str, Any]) -> None:
     ids=["one_process", "zero3_dp2", "pp2"],
 )
 def test_another_layout_takes_the_run_up(
-    tmp_path: Path, sources: dict[str, Any], world_size: int, layout: dict[str, Any], changes: dict[str, Any]
+    tmp_path: Path, first_run: tuple[str, dict[str, Any]], world_size: int, layout: dict[str, Any]
 ) -> None:
     """Weights, moments, schedule and data position go from a (tensor 2, pipeline 2) run to any other."""
-    first = {"model_parallel_size": 2, "pipe_parallel_size": 2, "hidden_dropout": 0.0, "attention_dropout": 0.0}
-    whole, moved = tmp_path / "whole", tmp_path / "moved"
-    flat = settings(sources, whole) | first | changes
-    run_ranks(train, 4, flat, 4)
-    flat |= {"load": str(whole), "iteration": SAVED, "save": str(moved)} | layout
+    precision, flat = first_run
+    whole = Path(flat["save"])
+    flat = flat | {"load": str(whole), "iteration": SAVED, "save": str(tmp_path)} | layout
     run_ranks(train, world_size, flat, world_size)
-    expected, found = figures(whole), figures(moved)
+    expected, found = figures(whole), figures(tmp_path)
     assert {step for step, _ in found} == set(range(SAVED + 1, STEPS + 1))
-    tolerance = 1e-4 if not changes else 1e-2
+    tolerance = 1e-4 if precision == "fp32" else 1e-2
     for key, value in found.items():
         if key[1].endswith("lm_loss"):
             assert value == pytest.approx(expected[key], abs=tolerance), key

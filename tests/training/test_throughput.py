@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from neox.config import config_from_dict
 from neox.model.flops import TokenFlops, flops_per_token
 from neox.model.layers import Decoder
-from neox.training.throughput import Throughput, device_peak_tflops
+from neox.training.metrics.throughput import Throughput, device_peak_tflops
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 

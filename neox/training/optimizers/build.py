@@ -10,10 +10,10 @@ from torch.optim import SGD, AdamW, Optimizer
 from neox.config import Config, OptimizerConfig
 from neox.errors import ConfigError
 from neox.parallel.mesh import Mesh
-from neox.training.madgrad import MadgradW
-from neox.training.muon import Muon, is_matrix
-from neox.training.shares import Shard
-from neox.training.sm3 import SM3
+from neox.training.optimizers.madgrad import MadgradW
+from neox.training.optimizers.muon import Muon, is_matrix
+from neox.training.optimizers.shares import Shard
+from neox.training.optimizers.sm3 import SM3
 
 Group = dict[str, Any]
 
@@ -111,7 +111,7 @@ def _elementwise(settings: OptimizerConfig, groups: list[Group]) -> Optimizer:
             return lion(groups, lr=lr, betas=tuple(params["betas"]))  # type: ignore[call-arg]
         case "adam8bit":
             _library("bitsandbytes", settings.type)
-            from neox.training.adam8bit import Adam8bit
+            from neox.training.optimizers.adam8bit import Adam8bit
 
             return Adam8bit(groups, lr=lr, **params)
     options: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8} | params

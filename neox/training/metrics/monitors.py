@@ -14,8 +14,8 @@ from torch import nn
 from neox.checkpoint.manifest import Progress
 from neox.config import Config
 from neox.training.engine import Engine
-from neox.training.loggers import MetricLog
 from neox.training.loop import Callback, Step
+from neox.training.metrics.loggers import MetricLog
 from neox.training.state import (
     local_state,
     local_weights,

@@ -7,10 +7,10 @@ import torch
 from neox.checkpoint.manifest import Progress
 from neox.errors import ConfigError
 from neox.training.engine import Engine
-from neox.training.loggers import MetricLog, run_folder
 from neox.training.loop import Callback, Step
-from neox.training.monitors import is_report
-from neox.training.timers import StepTimers
+from neox.training.metrics.loggers import MetricLog, run_folder
+from neox.training.metrics.monitors import is_report
+from neox.training.metrics.timers import StepTimers
 
 
 def profilers(engine: Engine, log: MetricLog, *, last_iteration: int) -> list[Callback]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Protocol, Self, SupportsFloat, TextIO
 from urllib.parse import urlsplit
 
 from neox.errors import ConfigError
-from neox.training.tee import Tee, beside_copy
+from neox.training.metrics.tee import Tee, beside_copy
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID

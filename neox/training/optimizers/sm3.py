@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from neox.parallel.mesh import Mesh
 from neox.parallel.splits import split_dimension
-from neox.training.shares import Shard, Share, shares
+from neox.training.optimizers.shares import Shard, Share, shares
 
 Accumulators = tuple[torch.Tensor, ...]
 
@@ -32,7 +32,7 @@ class SM3(Optimizer):
         """Take groups with `shards`.
 
         Args:
-            groups: of `neox.training.optimizer.parameter_groups`.
+            groups: of `neox.training.optimizers.build.parameter_groups`.
             lr: learning rate.
             mesh: the process grid.
             momentum: share of the old update that is kept; 0 keeps no buffer.

@@ -15,7 +15,7 @@ from torch.optim import AdamW
 from neox.config import ModelConfig
 from neox.parallel.mesh import Mesh
 from neox.parallel.splits import join_shards, row_groups, take_shard
-from neox.training.shares import Share, complete, shares
+from neox.training.optimizers.shares import Share, complete, shares
 
 MATRICES = ("attention.query_key_value.weight", "attention.dense.weight", "mlp.linear1.weight", "mlp.linear2.weight")
 """Parameters of a block that Muon updates, by local name."""
@@ -109,7 +109,7 @@ class Muon(AdamW):
         betas: Sequence[float],
         eps: float,
     ) -> None:
-        """Take the groups of `neox.training.optimizer.parameter_groups`.
+        """Take the groups of `neox.training.optimizers.build.parameter_groups`.
 
         Args:
             groups: with `orthogonal`, and `shards` where that is true.

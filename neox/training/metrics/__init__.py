@@ -1,0 +1,1 @@
+"""What a run reports: figures, where they go, timers and profiles."""
