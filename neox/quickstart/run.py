@@ -19,12 +19,16 @@ from neox.parallel.mesh import Mesh
 from neox.quickstart.bits import HeldOutLoss, held_out_loss
 from neox.quickstart.commands import ROOT, run_script, show, typed
 from neox.quickstart.corpus import Corpus, build_corpus
+from neox.quickstart.pace import affordable_steps
+from neox.training.preflight import settle_vocabulary
+from neox.training.run import load_folder
 
 CONFIG = ROOT / "configs" / "quickstart.yml"
 VOCABULARY = 8192
 STEPS = 7
 PROMPTS = ("def", "class", "import os\nimport sys\n", '    """Return')  # a space belongs to the token after it
 SAMPLE_TOKENS = 80
+TRAINING_SECONDS = 290.0
 STRIDE_SHARE = 4  # held-out windows advance by this part of their length
 
 
@@ -74,13 +78,16 @@ class Run:
         return load_config(self.files, world_size=1)
 
 
-def run_quickstart(run: Run, *, vocab_size: int = VOCABULARY, library: Path | None = None) -> HeldOutLoss:
+def run_quickstart(
+    run: Run, *, vocab_size: int = VOCABULARY, library: Path | None = None, seconds: float = TRAINING_SECONDS
+) -> HeldOutLoss:
     """Do everything, printing a heading and the time of each step.
 
     Args:
         run: where to, and how.
         vocab_size: tokens of the tokenizer.
         library: see `build_corpus`.
+        seconds: that training may take; where `train_iters` steps would take longer, there are fewer.
 
     Returns:
         What the trained model says of the held-out files.
@@ -100,7 +107,7 @@ def run_quickstart(run: Run, *, vocab_size: int = VOCABULARY, library: Path | No
         _tokenize(run, corpus)
         _write_local(run, corpus)
     with _step(4, "Training"):
-        run_script("train.py", *run.files)
+        steps = _train(run, seconds)
     with _step(5, "Held-out text"):
         loss = _evaluate(run, corpus)
     with _step(6, "Samples"):
@@ -108,7 +115,7 @@ def run_quickstart(run: Run, *, vocab_size: int = VOCABULARY, library: Path | No
     with _step(7, "Export to Hugging Face, compared with transformers"):
         _export(run)
     print(f"\nDone in {time.perf_counter() - start:.0f} s: {loss.bits_per_byte:.3f} bits per byte on held-out files.\n")
-    _say_what_next(run)
+    _say_what_next(run, steps)
     return loss
 
 
@@ -154,6 +161,19 @@ def _write_local(run: Run, corpus: Corpus) -> None:
     run.local.write_text(heading + json.dumps(keys, indent=2) + "\n", encoding="utf-8")
 
 
+def _train(run: Run, seconds: float) -> int:
+    """Train as long as the machine can in the time; return the number of steps."""
+    config = settle_vocabulary(run.load())
+    steps, wanted = affordable_steps(config, seconds), config.training.train_iters
+    changes = []
+    if steps != wanted or load_folder(config) is not None:
+        changes = [f"train_iters={steps}", "override_lr_scheduler=true"]
+    if steps != wanted:
+        print(f"{wanted} steps would take more than {seconds:.0f} s on this machine: training {steps}")
+    run_script("train.py", *run.files, *changes)
+    return steps
+
+
 def _evaluate(run: Run, corpus: Corpus) -> HeldOutLoss:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = run.load()
@@ -193,13 +213,13 @@ def _export(run: Run) -> None:
     run_script("tools/ckpts/convert_neox_to_hf.py", *arguments, "--config_file", *run.files)
 
 
-def _say_what_next(run: Run) -> None:
+def _say_what_next(run: Run, steps: int) -> None:
     print(
         f"Everything is in {run.out}: corpus, tokenizer, tokens, checkpoints, samples, and the export in {run.export}."
     )
     print("What to type next:")
-    files, longer = " ".join(run.files), 2 * (run.load().training.train_iters or 0)
-    show("train on, to twice the length", f"train.py {files} train_iters={longer} override_lr_scheduler=true")
+    files = " ".join(run.files)
+    show("train on, to twice the length", f"train.py {files} train_iters={2 * steps} override_lr_scheduler=true")
     show(
         "type prompts and read what follows",
         f"generate.py {files} --text_gen_type interactive --temperature 0.7",

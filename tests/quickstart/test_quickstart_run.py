@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from neox.errors import LaunchError
+from neox.config import load_config
+from neox.errors import ConfigError, LaunchError
+from neox.quickstart.commands import run_script
+from neox.quickstart.pace import affordable_steps
 from neox.quickstart.run import Run, run_quickstart
 
 PACKAGES = ("asyncio", "email", "json", "logging", "urllib", "xml")  # a small part of the standard library
@@ -65,9 +68,23 @@ def test_the_whole_path(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> No
     assert "train_iters=60 override_lr_scheduler=true" in printed
 
 
-def test_a_failing_step_stops_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_slow_machine_trains_fewer_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, _ = make_run(tmp_path)
+    config = load_config([run.config], overrides=["padded_vocab_size=512"], world_size=1)
+    assert affordable_steps(config, 0.0) == 3  # really timed
+    monkeypatch.setattr("neox.quickstart.pace._seconds_per_step", lambda config: 0.5)
+    assert affordable_steps(config, 11.01) == 20
+    assert affordable_steps(config, 1000.0) == 30
+
+
+def test_a_mistake_stops_it_before_training(tmp_path: Path) -> None:
     run, library = make_run(tmp_path, hidden_sise=64)
-    with pytest.raises(LaunchError, match=r"train.py ended with status 2"):
+    with pytest.raises(ConfigError, match="hidden_sise"):
         run_quickstart(run, vocab_size=512, library=library)
-    assert "hidden_sise" in capfd.readouterr().err
     assert not run.samples.exists()
+
+
+def test_a_failing_script_stops_it(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(LaunchError, match=r"train.py ended with status 2"):
+        run_script("train.py", "nowhere.yml")
+    assert "nowhere.yml: no such file" in capfd.readouterr().err

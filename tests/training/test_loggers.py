@@ -10,7 +10,7 @@ from typing import ClassVar
 import pytest
 
 from neox.errors import ConfigError
-from neox.training import loggers
+from neox.training.metrics import loggers
 from neox.training.metrics.loggers import BarSink, JsonLinesSink, LineSink, MetricLog, console_lines, wants_wandb
 
 TRAIN = {
