@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -151,23 +152,30 @@ def _build(merged: Merged, *, world_size: int | None) -> Config:
 def _resolve(
     sections: dict[str, Section], *, world_size: int | None, problems: Problems, notices: list[str]
 ) -> dict[str, Section]:
-    """Apply the rules that compare keys.
+    """Apply the rules that compare keys."""
+    resolved = dict(sections)
+    _resolve_layout(partial(_apply, resolved), world_size, problems, notices)
+    _resolve_run(partial(_apply, resolved), problems, notices)
+    return resolved
+
+
+def _apply(resolved: dict[str, Section], rule: Callable[..., Section | None], *needs: str) -> None:
+    """Replace the first section by what the rule makes of all that it needs.
 
     A rule goes as far as it can: it ends where it reads a field that is wrong by itself, which has been told.
     Its section is then a hollow one, so that the rules that build on it end where they read that.
     """
-    resolved = dict(sections)
+    target = needs[0]
+    try:
+        resolved[target] = rule(*(resolved[name] for name in needs)) or resolved[target]
+    except AttributeError as error:
+        if not (isinstance(error.obj, Section) and error.name in type(error.obj).model_fields):
+            raise
+        resolved[target] = hollow(type(resolved[target]))
 
-    def apply(rule: Callable[..., Section | None], *needs: str) -> None:
-        """Replace the first section by what the rule makes of all that it needs."""
-        target = needs[0]
-        try:
-            resolved[target] = rule(*(resolved[name] for name in needs)) or resolved[target]
-        except AttributeError as error:
-            if not (isinstance(error.obj, Section) and error.name in type(error.obj).model_fields):
-                raise
-            resolved[target] = hollow(type(resolved[target]))
 
+def _resolve_layout(apply: Callable[..., None], world_size: int | None, problems: Problems, notices: list[str]) -> None:
+    """Model, processes and batch."""
     apply(lambda deepspeed: resolve_deepspeed(deepspeed, problems, notices), "deepspeed")
     apply(lambda model, deepspeed: resolve_model(model, deepspeed, problems, notices), "model", "deepspeed")
     apply(settle_types, "deepspeed", "model")
@@ -180,6 +188,10 @@ def _resolve(
         "deepspeed",
     )
     apply(lambda batch, parallel: resolve_batch(batch, parallel, problems), "batch", "parallel")
+
+
+def _resolve_run(apply: Callable[..., None], problems: Problems, notices: list[str]) -> None:
+    """Training and all around it, given the layout."""
     apply(lambda training, data: resolve_training(training, data, problems), "training", "data")
     apply(
         lambda optimizer, parallel, deepspeed: resolve_optimizer(optimizer, parallel, deepspeed, problems, notices),
@@ -210,7 +222,6 @@ def _resolve(
     apply(lambda checkpoint: check_checkpoint(checkpoint, problems), "checkpoint")
     apply(lambda logging: check_logging(logging, problems), "logging")
     apply(lambda launch: check_launch(launch, problems), "launch")
-    return resolved
 
 
 def _rebuild(config: Config, changes: dict[str, Any], *, world_size: int | None) -> Config:
