@@ -8,7 +8,7 @@ import torch
 from neox.checkpoint.huggingface import SHARD_BYTES
 from neox.checkpoint.manifest import Layout, Manifest, Progress
 from neox.checkpoint.native import StoredTensor, Team, write_checkpoint
-from neox.checkpoint.weights import WeightReader
+from neox.checkpoint.weights import WeightReader, weight_source
 from neox.config import Config, ModelConfig
 from neox.errors import CheckpointError
 from neox.model.build import DTYPES, build_decoder, meta_decoder
@@ -45,8 +45,9 @@ def write_native(weights: WeightReader, config: Config, root: Path, *, max_shard
         tensors={},
     )
     dtype = DTYPES[config.model.precision]
+    read = weight_source(weights)
     tensors = (
-        StoredTensor("model", name, weights.weight(name, parameter.shape).to(dtype).contiguous())
+        StoredTensor("model", name, read(name, parameter.shape).to(dtype).contiguous())
         for name, parameter in meta_decoder(config.model).named_parameters()
     )
     return write_checkpoint(
@@ -80,7 +81,8 @@ def largest_logit_difference(
     generator = torch.Generator().manual_seed(seed)
     tokens_BS = torch.randint(config.padded_vocab_size, (CHECK_TOKENS[0], length), generator=generator)
     theirs_BSV = _transformers_logits(folder, tokens_BS)
-    model = build_decoder(config, source=lambda name, shape: weights.weight(name, shape).to(dtype)).eval()
+    read = weight_source(weights)
+    model = build_decoder(config, source=lambda name, shape: read(name, shape).to(dtype)).eval()
     with torch.no_grad():
         ours_BSV = model(tokens_BS)
     difference = float((ours_BSV - theirs_BSV).abs().max())

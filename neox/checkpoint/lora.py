@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from neox.checkpoint.native import NativeReader
-from neox.checkpoint.weights import WeightReader, check_shape
+from neox.checkpoint.weights import WeightReader
 from neox.config import LoraConfig
 from neox.errors import CheckpointError
 from neox.model.lora import FACTORS, is_factor, merge_factors
@@ -54,16 +54,6 @@ class MergedWeights:
         if kind != "weight" or factors[0] not in self._reader:
             return tensor
         return merge_factors(tensor, *map(self._reader.tensor, factors), scale=self._scale)
-
-    def weight(self, name: str, shape: torch.Size) -> torch.Tensor:
-        """Read the same, checked against the shape a model wants; a `WeightSource`.
-
-        Raises:
-            CheckpointError: it is missing, or naming both shapes where they differ.
-        """
-        tensor = self.tensor(name)
-        check_shape(self.folder, name, tensor.shape, shape)
-        return tensor
 
 
 def merged(reader: WeightReader) -> WeightReader:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from neox.checkpoint.manifest import LATEST, MANIFEST, Manifest
-from neox.checkpoint.weights import check_shape, missing_tensor
+from neox.checkpoint.weights import missing_tensor
 from neox.errors import CheckpointError, UserError
 from neox.files import flush, write_whole
 
@@ -241,13 +241,3 @@ class NativeReader:
             return self._files[name].get_tensor(key)
         except SafetensorError as error:
             raise CheckpointError(f"{self.folder / name}: damaged ({error}); copy it again") from None
-
-    def weight(self, name: str, shape: torch.Size) -> torch.Tensor:
-        """A parameter, checked against the shape the model wants; a `WeightSource`.
-
-        Raises:
-            CheckpointError: naming both shapes where they differ.
-        """
-        tensor = self.tensor(name)
-        check_shape(self.folder, name, tensor.shape, shape)
-        return tensor

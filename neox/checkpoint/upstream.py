@@ -93,16 +93,6 @@ class UpstreamReader:
             return torch.stack(shards).float().sum(0).to(shards[0].dtype)
         return self._agreed(name, shards)
 
-    def weight(self, name: str, shape: torch.Size) -> torch.Tensor:
-        """Read a parameter, checked against the shape a model wants; a `WeightSource`.
-
-        Raises:
-            CheckpointError: it is missing, or naming both shapes where they differ.
-        """
-        if name in self._shards:
-            check_shape(self.folder, name, self._shape(name), shape)
-        return self.tensor(name)
-
     @property
     def padded_vocab_size(self) -> int:
         """Size of the softmax: it grew with the tensor-parallel size of the run."""

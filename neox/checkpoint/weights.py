@@ -1,6 +1,6 @@
 """What every source of weights offers, whatever its format on disk."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -38,9 +38,21 @@ class WeightReader(Protocol):
         """Read a whole parameter on the CPU, in the dtype of the file."""
         ...
 
-    def weight(self, name: str, shape: torch.Size) -> torch.Tensor:
-        """Read the same, checked against the shape a model wants."""
-        ...
+
+def weight_source(reader: WeightReader) -> Callable[[str, torch.Size], torch.Tensor]:
+    """Make the function that a model is built from: reads a parameter whose shape is the one that the model wants.
+
+    The function raises CheckpointError before it reads, where there is no such parameter or both shapes differ.
+    """
+    shapes = reader.shapes()
+
+    def read(name: str, shape: torch.Size) -> torch.Tensor:
+        if name not in shapes:
+            raise missing_tensor(reader.folder, name)
+        check_shape(reader.folder, name, shapes[name], shape)
+        return reader.tensor(name)
+
+    return read
 
 
 def check_shape(folder: Path, name: str, found: Sequence[int], wanted: Sequence[int]) -> None:

@@ -80,6 +80,23 @@ class CheckpointConfig(Section):
     no_save_rng: bool = setting(False, "Do not save the state of random numbers.")
     no_load_optim: bool = setting(False, "Do not load the optimizer.")
     no_load_rng: bool = setting(False, "Do not load the state of random numbers.")
+    load_fallback: bool = setting(
+        False, "Where the checkpoint is damaged, load the newest whole one instead of stopping.", rule="Needs load."
+    )
+    async_save: bool = setting(
+        False,
+        "Write checkpoints in the background while training goes on.",
+        rule="Each rank holds a copy of what it writes in the host's memory; a save waits for the one before it.",
+    )
+    save_hf: bool = setting(
+        False, "Make every checkpoint a Hugging Face folder as well, in its subfolder hf, with its logits checked."
+    )
+    s3_path: str | None = setting(
+        None,
+        "S3-compatible address, s3://bucket/prefix, that every host uploads its part of a checkpoint to.",
+        rule="Needs save. AWS_ENDPOINT_URL names the server of a store that is not Amazon's.",
+    )
+    s3_chunk_size: Int = setting(104857600, "Bytes of an uploaded part.", ge=5 * 2**20)
     finetune: bool = setting(
         False,
         "Load the weights only, and start at iteration 0.",
@@ -98,8 +115,6 @@ OTHER_KEYS = (
     internal("adlr_autoresume_object", str, "A hook of one cluster.", instead="leave it out"),
     internal("config_files", dict, "Texts of the files.", instead="leave it out: checkpoints hold them anyway"),
     no_effect("profile_backward", bool, False, "Time the recomputed backward pass; profile: true shows it."),
-    not_yet("s3_path", str, None, "Upload checkpoints."),
-    not_yet("s3_chunk_size", int, 104857600, "Bytes of an uploaded part."),
     not_yet("checkpoint_validation_with_forward_pass", bool, False, "Check a checkpoint by a forward pass."),
     not_yet("train_impl", Literal["normal", "dpo", "rm", "kto", "reinforce"], "normal", "Objective."),
     not_yet("dpo_fp32", bool, True, "DPO in fp32."),

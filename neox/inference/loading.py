@@ -4,7 +4,7 @@ from pathlib import Path
 
 from neox.checkpoint.lora import merged
 from neox.checkpoint.open import open_checkpoint
-from neox.checkpoint.weights import WeightReader
+from neox.checkpoint.weights import WeightReader, weight_source
 from neox.config import Config
 from neox.data.tokenizers import Tokenizer, build_tokenizer
 from neox.errors import CheckpointError
@@ -51,4 +51,4 @@ def load_model(config: Config, mesh: Mesh) -> tuple[Decoder, Tokenizer]:
         )
     model_config = config.model.model_copy(update={"padded_vocab_size": reader.padded_vocab_size})
     dtype = DTYPES[config.model.precision]
-    return build_decoder(model_config, source=reader.weight, mesh=mesh, dtype=dtype).eval(), tokenizer
+    return build_decoder(model_config, source=weight_source(reader), mesh=mesh, dtype=dtype).eval(), tokenizer

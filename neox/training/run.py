@@ -10,6 +10,7 @@ from neox.checkpoint.lora import check_same_lora, merged
 from neox.checkpoint.manifest import Progress, checkpoint_folder, is_native
 from neox.checkpoint.native import NativeReader
 from neox.checkpoint.open import open_checkpoint
+from neox.checkpoint.weights import weight_source
 from neox.config import Config
 from neox.config.ramp import BatchRamp
 from neox.data import BatchLoader, Coordinator, DatasetSplits, build_datasets, build_tokenizer, train_iters_for_epochs
@@ -86,11 +87,11 @@ def start_or_resume(config: Config, mesh: Mesh) -> tuple[Engine, Progress, LRSch
     if folder is None:
         return build_engine(config, mesh, fresh_weights(config)), Progress(), LRSchedule.from_config(config)
     if config.checkpoint.finetune:
-        weights = with_fresh_factors(merged(open_checkpoint(folder)).weight, seed=config.training.seed)
+        weights = with_fresh_factors(weight_source(merged(open_checkpoint(folder))), seed=config.training.seed)
         return build_engine(config, mesh, weights), Progress(), LRSchedule.from_config(config)
     reader = resumable(folder, config)
     schedule = agreed_schedule(config, reader)
-    engine = build_engine(config, mesh, reader.weight)
+    engine = build_engine(config, mesh, weight_source(reader))
     return engine, resume_run(engine, reader), schedule
 
 

@@ -12,6 +12,7 @@ from golden_models import GOLDENS, canonical, read_golden, read_run
 from neox.checkpoint.open import open_checkpoint
 from neox.checkpoint.unpickle import Placeholder, load_torch_file
 from neox.checkpoint.upstream import UpstreamReader
+from neox.checkpoint.weights import weight_source
 from neox.config import load_config
 from neox.errors import CheckpointError
 from neox.model.build import build_decoder, meta_decoder
@@ -66,7 +67,7 @@ def one_golden(name="pythia_like"):
 
 
 def largest_difference(reader, config, arrays):
-    model = build_decoder(config.model, source=reader.weight)
+    model = build_decoder(config.model, source=weight_source(reader))
     logits = model(torch.from_numpy(arrays["tokens"])).detach().numpy()
     return np.abs(logits - arrays["logits"]).max()
 
@@ -77,7 +78,7 @@ def test_weights_after_training_give_upstreams_logits():
     assert reader.folder.name == "global_step5"
     config = load_config([folder / "a_neox_pp0.yml"]).with_vocabulary(reader.padded_vocab_size)
     arrays = np.load(folder / "logits.npz")
-    logits = build_decoder(config.model, source=reader.weight)(torch.from_numpy(arrays["input_ids"]))
+    logits = build_decoder(config.model, source=weight_source(reader))(torch.from_numpy(arrays["input_ids"]))
     assert np.abs(logits.detach().numpy() - arrays["logits"]).max() <= 1e-5
     assert reader.iteration == 5
     assert reader.arguments["padded_vocab_size"] == reader.padded_vocab_size == 512
@@ -90,7 +91,7 @@ def test_grouped_heads_and_gates_are_read():
     assert reader.shapes()["layers.2.attention.query_key_value.weight"] == (128, 64)
     assert set(reader.names()) == set(dict(meta_decoder(config.model).named_parameters()))
     arrays = np.load(folder / "logits.npz")
-    logits = build_decoder(config.model, source=reader.weight)(torch.from_numpy(arrays["input_ids"]))
+    logits = build_decoder(config.model, source=weight_source(reader))(torch.from_numpy(arrays["input_ids"]))
     assert np.abs(logits.detach().numpy() - arrays["logits"]).max() <= 1e-5
 
 
@@ -98,7 +99,7 @@ def test_initial_weights_give_upstreams_first_loss():
     folder = GOLDENS / "a_neox_pp0"
     reader = open_checkpoint(folder / "ckpt", iteration=0)
     config = load_config([folder / "a_neox_pp0.yml"]).with_vocabulary(512)
-    model = build_decoder(config.model, source=reader.weight)
+    model = build_decoder(config.model, source=weight_source(reader))
     batch = np.load(folder / "train_batches.npz")["microbatch_0"]
     first = json.loads((folder / "loss.json").read_text())["steps"][0]
     assert loss_of(model, batch).item() == pytest.approx(first["lm_loss"], abs=1e-5)
@@ -114,7 +115,7 @@ def test_every_layout_is_read_whole(name):
     assert reader.shapes() == {name: tuple(p.shape) for name, p in model.named_parameters()}
     assert reader.iteration == len(record["losses"])
     # The recorded loss is from before the last update, which learnt from this very batch.
-    trained = build_decoder(config.model, source=reader.weight)
+    trained = build_decoder(config.model, source=weight_source(reader))
     assert loss_of(trained, record["tokens"][-1]).item() < record["losses"][-1] - 0.05
 
 
@@ -328,9 +329,9 @@ def test_other_architectures_are_refused_by_name(tmp_path, change, message):
 def test_shape_and_name_mistakes_are_one_line():
     reader = open_checkpoint(GOLDENS / "seq")
     with pytest.raises(CheckpointError, match=r"\[64, 32\], the configuration asks for \[64, 48\]"):
-        reader.weight("layers.0.word_embeddings.weight", torch.Size((64, 48)))
+        weight_source(reader)("layers.0.word_embeddings.weight", torch.Size((64, 48)))
     with pytest.raises(CheckpointError, match=r"has no tensor layers\.9"):
-        reader.weight("layers.9.mlp.linear1.weight", torch.Size((1,)))
+        weight_source(reader)("layers.9.mlp.linear1.weight", torch.Size((1,)))
 
 
 def test_open_says_what_it_found(tmp_path):

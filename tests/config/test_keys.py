@@ -20,12 +20,15 @@ UPSTREAM = {name: kind for name, kind, _ in TABLE}
 DEFAULTS = {name: ast.literal_eval(default) for name, _, default in TABLE if default != "None"}
 FIELDS = {place.key: (section, place) for section, place in fields_with_keys()}
 OURS = {
+    "async_save",
     "compile",
     "document_masking",
     "embedding_norm",
+    "load_fallback",
     "lora",
     "rampup_batch_size",
     "rope_scaling",
+    "save_hf",
     "wsd_decay_fraction",
     "wsd_decay_shape",
 }

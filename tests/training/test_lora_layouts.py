@@ -18,6 +18,7 @@ from neox.checkpoint.huggingface import export_huggingface
 from neox.checkpoint.lora import MergedWeights, merged
 from neox.checkpoint.native import NativeReader
 from neox.checkpoint.open import open_checkpoint
+from neox.checkpoint.weights import weight_source
 from neox.config import config_from_dict
 from neox.errors import CheckpointError
 from neox.inference.loading import open_model
@@ -253,7 +254,7 @@ def test_merged_weights_compute_the_same_here_and_in_transformers(
 def logits_of_the_run(flat: dict[str, Any], ids: torch.Tensor) -> torch.Tensor:
     """What the engine computes with the factors apart."""
     config = config_from_dict(flat)
-    engine = build_engine(config, build_mesh(config), open_checkpoint(Path(flat["load"])).weight)
+    engine = build_engine(config, build_mesh(config), weight_source(open_checkpoint(Path(flat["load"]))))
     engine.deepspeed.eval()
     with torch.no_grad():
         return engine.deepspeed(ids).clone()

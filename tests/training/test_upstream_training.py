@@ -18,6 +18,7 @@ RUN = GOLDENS / "a_neox_pp0"
 def train_on_batches(flat: dict[str, Any], world_size: int) -> list[tuple[float, float, float]]:
     """Loss, rate after the step, and gradient norm of each step."""
     from neox.checkpoint.open import open_checkpoint
+    from neox.checkpoint.weights import weight_source
     from neox.parallel.mesh import build_mesh
     from neox.training.batches import global_batch, micro_batch
     from neox.training.run import build_engine
@@ -26,8 +27,8 @@ def train_on_batches(flat: dict[str, Any], world_size: int) -> list[tuple[float,
     torch.set_num_threads(1)
     config = config_from_dict(flat, world_size=world_size)
     mesh = build_mesh(config)
-    weights = open_checkpoint(RUN / "ckpt", 0)
-    engine = build_engine(config, mesh, weights.weight)
+    weights = weight_source(open_checkpoint(RUN / "ckpt", 0))
+    engine = build_engine(config, mesh, weights)
     schedule = LRSchedule.from_config(config)
     size = config.batch.train_micro_batch_size_per_gpu
     figures = []

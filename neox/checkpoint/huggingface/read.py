@@ -12,7 +12,7 @@ from neox.checkpoint.huggingface.detect import family_that_wrote
 from neox.checkpoint.huggingface.gpt_neox import HEADS
 from neox.checkpoint.huggingface.write import INDEX
 from neox.checkpoint.unpickle import load_torch_file
-from neox.checkpoint.weights import check_shape, missing_tensor
+from neox.checkpoint.weights import missing_tensor
 from neox.config import config_from_dict
 from neox.errors import CheckpointError, ConfigError
 from neox.model.build import meta_decoder
@@ -87,16 +87,6 @@ class HuggingFaceReader:
             if spelling in self._locations:
                 return self._read(self._locations[spelling], spelling)
         raise CheckpointError(f"{self.folder}: has no tensor {wanted}; copy the whole folder")
-
-    def weight(self, name: str, shape: torch.Size) -> torch.Tensor:
-        """Read a parameter, checked against the shape a model wants; a `WeightSource`.
-
-        Raises:
-            CheckpointError: it is missing, or naming both shapes where they differ.
-        """
-        tensor = self.tensor(name)
-        check_shape(self.folder, name, tensor.shape, shape)
-        return tensor
 
     @cached_property
     def _locations(self) -> dict[str, Path]:

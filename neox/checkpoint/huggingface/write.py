@@ -13,7 +13,7 @@ from neox.checkpoint.huggingface.detect import family_of
 from neox.checkpoint.huggingface.family import Family
 from neox.checkpoint.native import DTYPE_NAMES
 from neox.checkpoint.tokenizer_files import ExportedTokenizer
-from neox.checkpoint.weights import WeightReader
+from neox.checkpoint.weights import WeightReader, weight_source
 from neox.config import ModelConfig
 from neox.errors import CheckpointError
 from neox.model.build import meta_decoder
@@ -86,11 +86,12 @@ def _write_weights(
     shapes = {name: parameter.shape for name, parameter in meta_decoder(config).named_parameters()}
     files = plan_files(shapes, bytes_per_number=dtype.itemsize, max_shard_bytes=max_shard_bytes)
     entries: dict[str, str] = {}
+    read = weight_source(weights)
     for file, names in files.items():
         tensors: dict[str, torch.Tensor] = {}
         for ours in names:
             theirs, layout = family.locate(ours, config)
-            tensors |= zip(theirs, layout.split(weights.weight(ours, shapes[ours])), strict=True)
+            tensors |= zip(theirs, layout.split(read(ours, shapes[ours])), strict=True)
         save_file(
             {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()},
             folder / file,
