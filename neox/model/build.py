@@ -10,6 +10,7 @@ from neox.config import Config, LoraConfig, ModelConfig
 from neox.model.init import initial_tensor
 from neox.model.layers import EMBEDDING_INDEX, Decoder, LayerSpec, layer_list
 from neox.model.lora import add_factors, with_fresh_factors
+from neox.model.norms import NORMS
 from neox.model.positions import RotaryEmbedding
 from neox.parallel.mesh import Mesh
 from neox.parallel.splits import row_groups, split_dimension, take_shard
@@ -35,13 +36,15 @@ def build_layer(
     mesh: Mesh = SINGLE,
     sequence_parallel: bool = False,
     dtype: torch.dtype = torch.float32,
+    norm_dtype: torch.dtype | None = None,
     tied: bool = False,
     lora: LoraConfig | None = None,
 ) -> nn.Module:
     """Make one layer on `mesh.device`, this rank's share of it, with weights from `source`.
 
     Returns:
-        The layer, its parameters in `dtype` and each carrying its canonical name and whole shape.
+        The layer, its parameters in `dtype`, those of norms in `norm_dtype` where that is given, and each carrying its
+        canonical name and whole shape.
     """
     with torch.device("meta"):
         layer = spec.build()
@@ -52,7 +55,7 @@ def build_layer(
             split_layer(layer, mesh, sequence_parallel=sequence_parallel, dtype=dtype)
         if lora is not None:
             shapes |= add_factors(layer, lora, shapes=shapes, mesh=mesh, sequence_parallel=sequence_parallel)
-    layer.to(dtype).to_empty(device=mesh.device)
+    _cast(layer, dtype, norm_dtype or dtype).to_empty(device=mesh.device)
     for name, parameter in layer.named_parameters():
         canonical = canonical_name(spec, name, tied=tied)
         whole = source(canonical, shapes[name])
@@ -64,11 +67,19 @@ def build_layer(
     for module in layer.modules():
         if isinstance(module, RotaryEmbedding):
             module.reset_buffers(mesh.device)
-    layer.to(dtype)
+            module.to(dtype)
     if mesh.tensor_size > 1:
         from neox.parallel.tensor import sum_partial_gradients
 
         sum_partial_gradients(layer, mesh, sequence_parallel=sequence_parallel)
+    return layer
+
+
+def _cast(layer: nn.Module, dtype: torch.dtype, norm_dtype: torch.dtype) -> nn.Module:
+    layer.to(dtype)
+    for module in layer.modules():
+        if isinstance(module, NORMS):
+            module.to(norm_dtype)
     return layer
 
 
@@ -114,7 +125,10 @@ def build_decoder(
     sequence_parallel: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Decoder:
-    """Make the whole model in this process, or this tensor rank's share of it."""
+    """Make the whole model in this process, or this tensor rank's share of it, to be read from and not trained.
+
+    Its norms keep their parameters in fp32 at least, as GPT-NeoX's do outside of training.
+    """
     layers = [
         build_layer(
             spec,
@@ -123,6 +137,7 @@ def build_decoder(
             mesh=mesh,
             sequence_parallel=sequence_parallel,
             dtype=dtype,
+            norm_dtype=torch.promote_types(dtype, torch.float32),
             tied=not config.no_weight_tying,
         )
         for spec in layer_list(config)

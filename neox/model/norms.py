@@ -7,14 +7,14 @@ With x one token of D features and g, b the parameters:
     rmsnorm                    x / sqrt(mean(x^2) + eps) * scale                  Zhang & Sennrich 2019, section 3
     scalenorm                  x / max(|x|, eps) * g, with g one number           Nguyen & Salazar 2019, section 2.2
 
-var is the biased variance. The result is rounded once, to the dtype of x.
+var is the biased variance. The result is rounded once, to the dtype of x. Parameters may be in a wider dtype than x.
 """
 
 from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.nn.functional import normalize, rms_norm
+from torch.nn.functional import layer_norm, normalize, rms_norm
 
 from neox.config import ModelConfig
 
@@ -33,14 +33,24 @@ def build_norm(config: ModelConfig, size: int | Sequence[int] | None = None) -> 
     shape = (config.hidden_size if size is None else size,) if not isinstance(size, Sequence) else tuple(size)
     match config.norm:
         case "layernorm":
-            return nn.LayerNorm(shape, eps=config.layernorm_epsilon)
+            return LayerNorm(shape, eps=config.layernorm_epsilon)
         case "non_parametric_layernorm":
-            return nn.LayerNorm(shape, eps=config.layernorm_epsilon, elementwise_affine=False)
+            return LayerNorm(shape, eps=config.layernorm_epsilon, elementwise_affine=False)
         case "rmsnorm":
             return RMSNorm(shape, eps=config.rms_norm_epsilon)
         case "scalenorm":
             return ScaleNorm(eps=config.scalenorm_epsilon)
     raise AssertionError(f"norm {config.norm!r} is resolved to a plain kind before the model is built")
+
+
+class LayerNorm(nn.LayerNorm):
+    """(x - mean) / sqrt(var + eps) * weight + bias over the trailing dimensions."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., *shape] -> the same."""
+        if self.weight is None or self.weight.dtype == x.dtype:
+            return super().forward(x)
+        return layer_norm(wide(x), self.normalized_shape, self.weight, self.bias, self.eps).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -53,9 +63,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., *shape] -> the same."""
-        if self.scale.dim() == 1:
+        if self.scale.dim() == 1 and self.scale.dtype == x.dtype:
             return rms_norm(x, self.scale.shape, self.scale, self.eps)
-        return (rms_norm(_wide(x), x.shape[-1:], eps=self.eps) * self.scale).to(x.dtype)
+        return (rms_norm(wide(x), x.shape[-1:], eps=self.eps) * self.scale).to(x.dtype)
 
 
 class ScaleNorm(nn.Module):
@@ -71,9 +81,12 @@ class ScaleNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., D] -> the same."""
-        return (normalize(_wide(x), dim=-1, eps=self.eps) * self.g).to(x.dtype)
+        return (normalize(wide(x), dim=-1, eps=self.eps) * self.g).to(x.dtype)
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
+def wide(x: torch.Tensor) -> torch.Tensor:
     """`x` in fp32, or in fp64 if it has that."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+NORMS = (LayerNorm, RMSNorm, ScaleNorm)

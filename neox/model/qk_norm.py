@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from neox.config import ModelConfig
-from neox.model.norms import build_norm
+from neox.model.norms import LayerNorm, build_norm, wide
 
 
 def build_qk_norm(config: ModelConfig) -> nn.Module:
@@ -21,7 +21,7 @@ def build_qk_norm(config: ModelConfig) -> nn.Module:
     return build_norm(config, size=shape)
 
 
-class JointLayerNorm(nn.LayerNorm):
+class JointLayerNorm(LayerNorm):
     """Layer norm over all heads of a token together, also where the heads are divided over tensor ranks.
 
     Attributes:
@@ -39,10 +39,10 @@ class JointLayerNorm(nn.LayerNorm):
         """[..., N or this rank's share of it, H] -> the same, in the dtype of x."""
         if self.sum_over_ranks is None:
             return super().forward(x)
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         count = self.heads * x.shape[-1]
         # Two sums instead of one of x and x^2 together, which cancel where the mean is large.
-        centred = wide - self.sum_over_ranks(wide.sum((-2, -1), keepdim=True)) / count
+        x_wide = wide(x)
+        centred = x_wide - self.sum_over_ranks(x_wide.sum((-2, -1), keepdim=True)) / count
         variance = self.sum_over_ranks(centred.square().sum((-2, -1), keepdim=True)) / count
         normal = centred * torch.rsqrt(variance + self.eps)
         return (normal if self.weight is None else normal * self.weight + self.bias).to(x.dtype)
