@@ -11,29 +11,31 @@ import os
 import sys
 
 from neox.launch.arguments import parse_arguments
-from neox.launch.environment import detect, export
-from neox.launch.local import run_local
+from neox.launch.environment import describe, detect
 from neox.launch.main import leave, script_main
+from neox.launch.meeting import enter
 from neox.launch.reporting import print_notices
+from neox.launch.start import Start
 
 
 def main(argv: list[str]) -> int:
     """Run as the rank we are, or start the tensor-parallel ranks of this machine."""
     arguments = parse_arguments("generate", argv)
     placement = detect(os.environ)
-    config = arguments.load()
-    print_notices(config.notices, placement)
+    from neox.checkpoint.load import read_loaded_model
+
+    config = arguments.load(read_model=read_loaded_model)
 
     from neox.inference.modes import run_generation
     from neox.inference.session import join, replica_workers, without_pipeline
 
     config = without_pipeline(config)
-    if placement is None:
-        workers = replica_workers(config, copies=False)
-        if workers > 1:
-            return run_local([sys.argv[0], *argv], workers=workers, environ=os.environ)
-    else:
-        export(placement, os.environ)
+    start = Start(config, workers=replica_workers(config, copies=False)) if placement is None else None
+    print_notices([start.description if start else describe(placement), *config.notices], placement)
+    if start is not None and not start.is_alone:
+        return start.run([sys.argv[0], *argv])
+    if placement is not None:
+        enter(placement)
     with join(config, placement) as mesh:
         run_generation(config, mesh)
     return 0

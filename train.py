@@ -9,43 +9,42 @@ srun --nodes 2 --ntasks-per-node 8 --gpus-per-node 8 python train.py CONFIG...  
 """
 
 import os
-import subprocess
 import sys
 
 from neox.launch.arguments import parse_arguments
-from neox.launch.environment import detect, export
-from neox.launch.hosts import deepspeed_command, slots, wants_launcher
-from neox.launch.local import local_worker_count, run_local, single_placement
+from neox.launch.environment import describe, detect
+from neox.launch.local import local_worker_count, single_placement
 from neox.launch.main import leave, script_main
+from neox.launch.meeting import enter
 from neox.launch.reporting import print_notices
+from neox.launch.start import Start
 
 
 def main(argv: list[str]) -> int:
     """Check everything that can be checked here, then run as the rank we are or start the ranks."""
     arguments = parse_arguments("train", argv)
+    from neox.checkpoint.load import read_loaded_model
     from neox.config import check_training
 
     placement = detect(os.environ)
-    config = arguments.load(world_size=placement.world_size if placement else None)
+    config = arguments.load(
+        world_size=placement.world_size if placement else None,
+        read_model=read_loaded_model,
+    )
     check_training(config)
     from neox.training.preflight import prepare, remarks
     from neox.training.run import cuda_device_count, train
 
-    workers = 1
+    start = None
     if placement is None:
-        workers = slots(config) or local_worker_count(config, cuda_device_count())
-        config = config.with_world_size(workers)
+        start = Start(config, workers=local_worker_count(config, cuda_device_count()))
+        config = config.with_world_size(start.world_size)
         check_training(config)
     config = prepare(config)
-    print_notices(remarks(config), placement)
-    if placement is None:
-        command = [sys.argv[0], *argv]
-        if wants_launcher(config):
-            return subprocess.call(deepspeed_command(config, command))
-        if workers > 1:
-            return run_local(command, workers=workers, environ=os.environ)
-        placement = single_placement()
-    export(placement, os.environ)
+    print_notices([start.description if start else describe(placement), *remarks(config)], placement)
+    if start is not None and not start.is_alone:
+        return start.run([sys.argv[0], *argv])
+    enter(placement or single_placement())
     train(config)
     return 0
 

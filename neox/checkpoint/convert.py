@@ -7,14 +7,20 @@ import torch
 
 from neox.checkpoint.huggingface import SHARD_BYTES
 from neox.checkpoint.manifest import Layout, Manifest, Progress
-from neox.checkpoint.native import StoredTensor, Team, write_checkpoint
+from neox.checkpoint.memory import available_bytes
+from neox.checkpoint.native import AnnouncedTensor, StoredTensor, Team, divided, write_checkpoint
+from neox.checkpoint.progress import progress_bar
+from neox.checkpoint.weight_map import weight_map
 from neox.checkpoint.weights import WeightReader, weight_source
 from neox.config import Config, ModelConfig
 from neox.errors import CheckpointError
-from neox.model.build import DTYPES, build_decoder, meta_decoder
+from neox.model.build import DTYPES, build_decoder
 
 CHECK_TOKENS = (2, 32)
 """Sequences and tokens of the comparison."""
+
+MEMORY_FACTOR = 1.25
+"""What the comparison takes, in multiples of the model in fp32; the two models are in memory one after the other."""
 
 TOLERANCE = 1e-4
 """Largest difference of logits that rounding explains, relative to the largest logit; both models run in fp32."""
@@ -44,11 +50,13 @@ def write_native(weights: WeightReader, config: Config, root: Path, *, max_shard
         files={},
         tensors={},
     )
-    dtype = DTYPES[config.model.precision]
-    read = weight_source(weights)
+    announced = announced_tensors(config.model)
+    shapes = {tensor.key: tensor.shape for tensor in announced}
+    sizes = {tensor.key: tensor.shape.numel() * tensor.dtype.itemsize for tensor in announced}
+    read, dtype = weight_source(weights), DTYPES[config.model.precision]
     tensors = (
-        StoredTensor("model", name, read(name, parameter.shape).to(dtype).contiguous())
-        for name, parameter in meta_decoder(config.model).named_parameters()
+        StoredTensor("model", name, read(name, shapes[name]).to(dtype).contiguous())
+        for name in progress_bar(shapes, sizes, "writing")
     )
     return write_checkpoint(
         root,
@@ -58,7 +66,33 @@ def write_native(weights: WeightReader, config: Config, root: Path, *, max_shard
         configs=config.files,
         team=Team(),
         file_bytes=max_shard_bytes,
+        announced=announced,
     )
+
+
+def native_files(config: ModelConfig, *, max_shard_bytes: int = SHARD_BYTES) -> dict[str, int]:
+    """Bytes of the tensors of each file that `write_native` writes."""
+    return {
+        f"model-00000-{number:03d}.safetensors": sum(
+            shape.numel() * dtype.itemsize for dtype, shape in entries.values()
+        )
+        for number, (_, entries) in enumerate(divided(announced_tensors(config), max_shard_bytes))
+    }
+
+
+def announced_tensors(config: ModelConfig) -> list[AnnouncedTensor]:
+    """The parameters of a model as a checkpoint holds them, in the order of the layers."""
+    dtype = DTYPES[config.precision]
+    return [AnnouncedTensor("model", name, dtype, tensor.shape) for name, tensor in weight_map(config).items()]
+
+
+def lacking_memory(config: ModelConfig) -> str:
+    """Why `largest_logit_difference` cannot run here, `it takes 30 GB ...`; empty if it can."""
+    parameters = sum(tensor.shape.numel() for tensor in weight_map(config).values())
+    needed, available = int(parameters * torch.float32.itemsize * MEMORY_FACTOR), available_bytes()
+    if available is None or needed <= available:
+        return ""
+    return f"it takes {needed / 1e9:.1f} GB of memory and {available / 1e9:.1f} GB are free"
 
 
 def largest_logit_difference(

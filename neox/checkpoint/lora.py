@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from neox.checkpoint.native import NativeReader
+from neox.checkpoint.runs import RunReader
 from neox.checkpoint.weights import WeightReader
 from neox.config import LoraConfig
 from neox.errors import CheckpointError
@@ -23,24 +24,24 @@ class MergedWeights:
 
     def __init__(self, reader: NativeReader) -> None:
         self.folder: Path = reader.folder
-        self._reader = reader
+        self.reader = reader
         self._scale = saved_lora(reader).scale
 
     def __contains__(self, name: str) -> bool:
-        return not is_factor(name) and name in self._reader
+        return not is_factor(name) and name in self.reader
 
     @property
     def padded_vocab_size(self) -> int:
         """Size of the softmax."""
-        return self._reader.padded_vocab_size
+        return self.reader.padded_vocab_size
 
     def names(self) -> list[str]:
         """Canonical names of the parameters but the factors."""
-        return [name for name in self._reader.names() if not is_factor(name)]
+        return [name for name in self.reader.names() if not is_factor(name)]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of each of them, without reading any."""
-        return {name: shape for name, shape in self._reader.shapes().items() if not is_factor(name)}
+        return {name: shape for name, shape in self.reader.shapes().items() if not is_factor(name)}
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read a parameter on the CPU: merged in fp32, or as it is in the file where nothing adapts it.
@@ -48,12 +49,12 @@ class MergedWeights:
         Raises:
             CheckpointError: the checkpoint has no such parameter.
         """
-        tensor = self._reader.tensor(name)
+        tensor = self.reader.tensor(name)
         module, _, kind = name.rpartition(".")
         factors = [f"{module}.{factor}" for factor in FACTORS]
-        if kind != "weight" or factors[0] not in self._reader:
+        if kind != "weight" or factors[0] not in self.reader:
             return tensor
-        return merge_factors(tensor, *map(self._reader.tensor, factors), scale=self._scale)
+        return merge_factors(tensor, *map(self.reader.tensor, factors), scale=self._scale)
 
 
 def merged(reader: WeightReader) -> WeightReader:
@@ -61,17 +62,17 @@ def merged(reader: WeightReader) -> WeightReader:
     return MergedWeights(reader) if isinstance(reader, NativeReader) and has_factors(reader) else reader
 
 
-def has_factors(reader: NativeReader) -> bool:
+def has_factors(reader: RunReader) -> bool:
     """Whether a LoRA run wrote the checkpoint."""
     return any(map(is_factor, reader.names()))
 
 
-def saved_lora(reader: NativeReader) -> LoraConfig:
+def saved_lora(reader: RunReader) -> LoraConfig:
     """What the run of a checkpoint adapted."""
     return LoraConfig.model_validate(reader.manifest.config.get("lora") or {})
 
 
-def check_same_lora(reader: NativeReader, lora: LoraConfig) -> None:
+def check_same_lora(reader: RunReader, lora: LoraConfig) -> None:
     """Compare a run with the checkpoint that it is to go on from.
 
     Raises:

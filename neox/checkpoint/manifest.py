@@ -9,6 +9,9 @@ Layout of a folder of checkpoints:
     global_step<N>/random-<rank>-<k>.safetensors    state of each rank's dropout stream
     global_step<N>/configs/*.yml                  the configuration files as given
 
+Beside them, names that begin with a dot: a folder being written (`.incomplete`), one that another of the same name has
+taken the place of (`.replaced`), one being deleted (`.deleted`). The next save clears away what a killed run left.
+
 Each tensor lies whole in the file of one rank; which rank says nothing about its content, so any layout can read
 what any other has written.
 """
@@ -18,10 +21,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from neox.checkpoint.tensor_file import checksum
 from neox.errors import CheckpointError
 
 FORMAT = "neox-native"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 LATEST = "latest"
 
@@ -68,7 +72,10 @@ class Manifest:
         optimizer: type of the optimizer, None where only weights were saved.
         config: flat resolved configuration of the run.
         files: bytes of each file.
-        tensors: file, shape and dtype of each tensor key.
+        tensors: file, shape, dtype and checksum of each tensor key.
+        checksums: of the files that hold no tensors.
+        environment: code, packages and data of the run, for comparison on load; empty where it is not known.
+        forward_losses: of fixed sequences, with `checkpoint_validation_with_forward_pass`; else empty.
     """
 
     progress: Progress
@@ -80,37 +87,74 @@ class Manifest:
     config: dict[str, Any]
     files: dict[str, int]
     tensors: dict[str, dict[str, Any]]
+    checksums: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    forward_losses: list[float] = field(default_factory=list)
 
     def to_json(self) -> str:
-        """As text."""
-        return json.dumps({"format": FORMAT, "version": VERSION} | asdict(self), indent=1, default=str)
+        """As text, with a checksum of itself."""
+        content = {"format": FORMAT, "version": VERSION} | asdict(self)
+        content = json.loads(json.dumps(content, default=str))  # as a reader will have it: keys are text
+        return json.dumps({"checksum": _checksum(content)} | content, indent=1)
+
+    def by_file(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """The entries of `tensors`, by the file they are in."""
+        files: dict[str, dict[str, dict[str, Any]]] = {}
+        for key, entry in self.tensors.items():
+            files.setdefault(entry["file"], {})[key] = entry
+        return files
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """Read the manifest of one `global_step<N>` folder and check that its files are all there and whole.
+        """Read the manifest of one `global_step<N>` folder and check that its files are all there and of their size.
 
         Raises:
             CheckpointError: if it is not a native checkpoint, or a file is missing or has another size.
         """
+        manifest = cls.parse(folder)
+        for name, size in manifest.files.items():
+            check_size(folder / name, size)
+        return manifest
+
+    @classmethod
+    def parse(cls, folder: Path) -> "Manifest":
+        """Read the manifest of one `global_step<N>` folder, and nothing else of it.
+
+        Raises:
+            CheckpointError: if it is not a native checkpoint, or the manifest is damaged.
+        """
         path = folder / MANIFEST
-        if not path.is_file():
-            raise CheckpointError(f"{folder}: not a native checkpoint, it has no {MANIFEST}")
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_bytes())
+            saved = content.pop("checksum", None)
+            kind = content.pop("format"), content.pop("version")
+        except OSError:
+            raise CheckpointError(f"{folder}: not a native checkpoint, it has no {MANIFEST}") from None
         except ValueError as error:
             raise CheckpointError(f"{path}: not valid JSON ({error}); the checkpoint is damaged") from None
-        if content.pop("format", None) != FORMAT or content.pop("version", None) != VERSION:
+        except (AttributeError, KeyError, TypeError):
+            kind = None, None
+        if kind != (FORMAT, VERSION):
             raise CheckpointError(
                 f"{path}: not a {FORMAT} checkpoint of version {VERSION}; use the release that wrote it"
             )
-        for name, size in content["files"].items():
-            _check_size(folder / name, size)
+        if saved != _checksum({"format": FORMAT, "version": VERSION} | content):
+            raise CheckpointError(f"{path}: damaged, its checksum is not the one it was written with; copy it again")
         content["progress"] = Progress(**content["progress"])
         content["layout"] = Layout(**content["layout"])
         return cls(**content)
 
 
-def _check_size(path: Path, size: int) -> None:
+def _checksum(content: dict[str, Any]) -> str:
+    return checksum(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
+
+
+def check_size(path: Path, size: int) -> None:
+    """Compare the size of a file with the manifest's.
+
+    Raises:
+        CheckpointError: it is missing, or differs.
+    """
     found = path.stat().st_size if path.is_file() else None
     if found is None:
         raise CheckpointError(f"{path}: missing; copy it from where the checkpoint was written")
@@ -128,14 +172,14 @@ def checkpoint_folder(root: Path, iteration: int | None = None) -> Path | None:
         latest = root / LATEST
         if not latest.is_file():
             return None
-        tag = latest.read_text().strip()
+        tag = latest.read_text(errors="replace").strip()
     else:
         tag = f"global_step{iteration}"
     folder = root / tag
     replaced = root / f".{tag}.replaced"
     if not folder.is_dir() and replaced.is_dir():
         return replaced  # a run was killed between the two renames that save an iteration for the second time
-    if not folder.is_dir():
+    if not folder.is_dir() or folder == root:
         have = ", ".join(sorted(p.name for p in root.glob("global_step*"))) or "none"
         raise CheckpointError(f"{folder}: no such checkpoint; {root} has: {have}")
     return folder

@@ -1,28 +1,29 @@
 """Writing and reading native checkpoints."""
 
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from neox.checkpoint.manifest import LATEST, MANIFEST, Manifest
+from neox.checkpoint.commit import begin, commit
+from neox.checkpoint.manifest import MANIFEST, Manifest
+from neox.checkpoint.tensor_file import CODES, TensorFile, TensorFileWriter, checksum, raw_bytes
 from neox.checkpoint.weights import missing_tensor
 from neox.errors import CheckpointError, UserError
-from neox.files import flush, write_whole
+from neox.files import write_whole
 
-DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.uint8: "uint8"}
-
+DTYPE_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in CODES}
 
 Result = TypeVar("Result")
 
 FILE_BYTES = 4 * 2**30
 """A rank starts another file after this much, so that it never holds more in memory while it saves."""
+
+OPEN_FILES = 64
+"""A reader has no more open at a time: a process may often open 1024, and a rank of 1000 writes three."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,16 @@ class StoredTensor:
     kind: str
     key: str
     value: torch.Tensor
+
+
+@dataclass(frozen=True)
+class AnnouncedTensor:
+    """A `StoredTensor` that will come, before it is there."""
+
+    kind: str
+    key: str
+    dtype: torch.dtype
+    shape: torch.Size
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,8 @@ def write_checkpoint(
     configs: Mapping[str, str],
     team: Team,
     file_bytes: int = FILE_BYTES,
+    announced: Sequence[AnnouncedTensor] | None = None,
+    add: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write `root/global_step<iteration>` with every rank's share, and commit it.
 
@@ -76,28 +89,35 @@ def write_checkpoint(
         root: the folder of checkpoints.
         iteration: number in the tag.
         tensors: what this rank writes; read to the end on every rank, even where writing fails.
-        manifest: the manifest but for `files` and `tensors`, which are filled in here.
+        manifest: the manifest but for `files`, `tensors` and `checksums`, which are filled in here.
         configs: name -> text of configuration files.
         team: the ranks that write together.
         file_bytes: size at which a rank starts another file.
+        announced: what `tensors` will be, in its order and one kind after another; then one tensor is in memory at a
+            time, and otherwise a file.
+        add: called by rank 0 with the folder when all of the above is in it, before it gets its name; may write more.
 
     Raises:
         CheckpointError: on every rank, if one could not write.
     """
     final = root / f"global_step{iteration}"
-    temporary = root / f".global_step{iteration}.incomplete"
-    _together(team, lambda: _fresh_folder(temporary) if team.rank == 0 else None)
+    temporary = _together(team, lambda: begin(final) if team.rank == 0 else None)[0]
+    assert temporary is not None, "rank 0 made the folder"
 
     def write() -> list[_File]:
-        with _drained(iter(tensors)) as remaining:
-            return _write_files(temporary, remaining, team.rank, file_bytes)
+        with _drained(iter(tensors), is_shared=team.size > 1) as remaining:
+            if announced is None:
+                return _write_files(temporary, remaining, team.rank, file_bytes)
+            return _stream_files(temporary, remaining, team.rank, divided(announced, file_bytes))
 
     written = _together(team, write)
 
     def finish() -> None:
         if team.rank == 0:
             _write_manifest(temporary, manifest, [file for files in written for file in files], configs)
-            _commit(temporary, final)
+            if add is not None:
+                add(temporary)
+            commit(temporary, final)
 
     _together(team, finish)
     return final
@@ -109,7 +129,7 @@ def _together(team: Team, work: Callable[[], Result]) -> list[Result]:
         outcome: tuple[Result | None, str | None] = (work(), None)
     except OSError as error:
         outcome = (None, f"{error.filename or 'checkpoint'}: cannot be written ({error.strerror or error})")
-    except (UserError, SafetensorError) as error:
+    except UserError as error:
         outcome = (None, f"checkpoint cannot be written: {error}")
     outcomes = team.gather(outcome)
     failures = [failure for _, failure in outcomes if failure is not None]
@@ -119,85 +139,100 @@ def _together(team: Team, work: Callable[[], Result]) -> list[Result]:
 
 
 @contextmanager
-def _drained(tensors: Iterator[StoredTensor]) -> Iterator[Iterator[StoredTensor]]:
-    """The iterator, read to its end whatever happens: other ranks take part in making each tensor."""
+def _drained(tensors: Iterator[StoredTensor], *, is_shared: bool) -> Iterator[Iterator[StoredTensor]]:
+    """The iterator, read to its end whatever happens, if other ranks take part in making each tensor."""
     try:
         yield tensors
     finally:
-        for _ in tensors:
-            pass
-
-
-def _fresh_folder(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    (folder / "configs").mkdir(parents=True)
+        if is_shared:
+            for _ in tensors:
+                pass
 
 
 def _write_files(folder: Path, tensors: Iterator[StoredTensor], rank: int, file_bytes: int) -> list[_File]:
     """Write this rank's tensors, a file as soon as one kind has filled it."""
-    waiting: dict[str, dict[str, torch.Tensor]] = {}
+    waiting: dict[str, list[StoredTensor]] = {}
     files: list[_File] = []
+
+    def write(kind: str) -> None:
+        of_kind = waiting.pop(kind)
+        entries = {tensor.key: (tensor.value.dtype, tensor.value.shape) for tensor in of_kind}
+        files.append(_write_file(folder, f"{kind}-{rank:05d}-{len(files):03d}", entries, iter(of_kind)))
+
     for tensor in tensors:
-        of_kind = waiting.setdefault(tensor.kind, {})
-        of_kind[tensor.key] = tensor.value
-        if sum(value.nbytes for value in of_kind.values()) >= file_bytes:
-            files.append(_write_file(folder, tensor.kind, rank, len(files), waiting.pop(tensor.kind)))
-    for kind, of_kind in waiting.items():
-        files.append(_write_file(folder, kind, rank, len(files), of_kind))
+        waiting.setdefault(tensor.kind, []).append(tensor)
+        if sum(other.value.nbytes for other in waiting[tensor.kind]) >= file_bytes:
+            write(tensor.kind)
+    for kind in list(waiting):
+        write(kind)
     return files
 
 
-def _write_file(folder: Path, kind: str, rank: int, number: int, tensors: Mapping[str, torch.Tensor]) -> _File:
-    path = folder / f"{kind}-{rank:05d}-{number:03d}.safetensors"
-    save_file(dict(tensors), path)
-    path.chmod(0o644)  # safetensors makes files that nobody else on a cluster could read
-    flush(path)
+_Entries = dict[str, tuple[torch.dtype, torch.Size]]
+
+
+def divided(announced: Sequence[AnnouncedTensor], file_bytes: int) -> list[tuple[str, _Entries]]:
+    """Kind and content of each file: another one after `file_bytes`, and for another kind."""
+    files: list[tuple[str, _Entries]] = []
+    size = 0
+    for tensor in announced:
+        if not files or files[-1][0] != tensor.kind or size >= file_bytes:
+            files.append((tensor.kind, {}))
+            size = 0
+        files[-1][1][tensor.key] = (tensor.dtype, tensor.shape)
+        size += tensor.shape.numel() * tensor.dtype.itemsize
+    return files
+
+
+def _stream_files(
+    folder: Path, tensors: Iterator[StoredTensor], rank: int, files: list[tuple[str, _Entries]]
+) -> list[_File]:
+    """Write this rank's tensors as they come into files whose content is known before."""
+    return [
+        _write_file(folder, f"{kind}-{rank:05d}-{number:03d}", entries, tensors)
+        for number, (kind, entries) in enumerate(files)
+    ]
+
+
+def _write_file(folder: Path, stem: str, entries: _Entries, tensors: Iterator[StoredTensor]) -> _File:
+    path = folder / f"{stem}.safetensors"
+    with TensorFileWriter(path, entries) as writer:
+        for _ in entries:
+            _write_next(writer, tensors)
     content = {
-        key: {"file": path.name, "shape": list(tensor.shape), "dtype": DTYPE_NAMES[tensor.dtype]}
-        for key, tensor in tensors.items()
+        key: {
+            "file": path.name,
+            "shape": list(shape),
+            "dtype": DTYPE_NAMES[dtype],
+            "checksum": writer.checksums[key],
+        }
+        for key, (dtype, shape) in entries.items()
     }
     return _File(path.name, path.stat().st_size, content)
 
 
+def _write_next(writer: TensorFileWriter, tensors: Iterator[StoredTensor]) -> None:
+    """A function of its own, so that a tensor is gone before the next one is made."""
+    tensor = next(tensors)
+    writer.write(tensor.key, tensor.value)
+
+
 def _write_manifest(folder: Path, manifest: Manifest, files: list[_File], configs: Mapping[str, str]) -> None:
-    for name, text in configs.items():
-        write_whole(folder / "configs" / Path(name).name, text)
+    sizes = {file.name: file.size for file in files}
+    checksums: dict[str, str] = {}
+    for given, text in configs.items():
+        name = f"configs/{Path(given).name}"
+        write_whole(folder / name, text)
+        sizes[name], checksums[name] = len(text.encode()), checksum(text.encode())
     tensors: dict[str, dict[str, Any]] = {}
     for file in files:
         tensors |= file.content
-    complete = replace(manifest, files={file.name: file.size for file in files}, tensors=tensors)
+    complete = replace(manifest, files=sizes, tensors=tensors, checksums=checksums)
     write_whole(folder / MANIFEST, complete.to_json())
 
 
-def _commit(temporary: Path, final: Path) -> None:
-    """Give the finished folder its name, then move `latest`."""
-    for folder in (temporary / "configs", temporary):
-        flush(folder)
-    replaced = final.with_name(f".{final.name}.replaced")  # `checkpoint_folder` knows this name
-    if final.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        final.rename(replaced)
-    temporary.rename(final)
-    flush(final.parent)
-    write_whole(final.parent / LATEST, final.name)
-    flush(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def prune_checkpoints(root: Path, keep: int) -> None:
-    """Delete all but the last `keep` checkpoints written, never the one `latest` names.
-
-    By time and not by number: a run that went back to an earlier iteration leaves higher numbers behind.
-    """
-    named = (root / LATEST).read_text().strip() if (root / LATEST).is_file() else ""
-    manifests = sorted(root.glob(f"global_step*/{MANIFEST}"), key=lambda path: path.stat().st_mtime_ns)
-    for path in manifests[:-keep]:
-        if path.parent.name != named:
-            shutil.rmtree(path.parent, ignore_errors=True)
-
-
 class NativeReader:
-    """Reads tensors of one checkpoint, each file mapped once.
+    """Reads tensors of one checkpoint, each compared with its checksum.
 
     Attributes:
         folder: the `global_step<N>` folder.
@@ -207,7 +242,8 @@ class NativeReader:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest = Manifest.read(folder)
-        self._files: dict[str, Any] = {}
+        self._by_file = self.manifest.by_file()
+        self._files: dict[str, TensorFile] = {}
 
     def __contains__(self, key: str) -> bool:
         return key in self.manifest.tensors
@@ -234,10 +270,49 @@ class NativeReader:
         entry = self.manifest.tensors.get(key)
         if entry is None:
             raise missing_tensor(self.folder, key)
-        name = entry["file"]
-        try:
-            if name not in self._files:
-                self._files[name] = safe_open(self.folder / name, framework="pt")
-            return self._files[name].get_tensor(key)
-        except SafetensorError as error:
-            raise CheckpointError(f"{self.folder / name}: damaged ({error}); copy it again") from None
+        return checked_tensor(self._file(entry["file"]), key, entry["checksum"])
+
+    def _file(self, name: str) -> TensorFile:
+        if name not in self._files:
+            if len(self._files) == OPEN_FILES:
+                self._files.pop(next(iter(self._files)))
+            self._files[name] = open_tensor_file(self.folder / name, self._by_file[name])
+        return self._files[name]
+
+
+def open_tensor_file(path: Path, tensors: Mapping[str, Mapping[str, Any]]) -> TensorFile:
+    """Open a file of a native checkpoint.
+
+    Args:
+        path: the file.
+        tensors: the manifest's entries of all that should be in it.
+
+    Raises:
+        CheckpointError: it is missing or no such file, or holds something else than the manifest says.
+    """
+    file = TensorFile(path)
+    found = {key: (DTYPE_NAMES[entry.dtype], list(entry.shape)) for key, entry in file.entries.items()}
+    expected = {key: (entry["dtype"], entry["shape"]) for key, entry in tensors.items()}
+    for key in expected | found:
+        if found.get(key) != expected.get(key):
+            raise CheckpointError(
+                f"{path}: damaged, it has {_described(found.get(key))} for {key}, "
+                f"the manifest says {_described(expected.get(key))}; copy it again"
+            )
+    return file
+
+
+def _described(tensor: tuple[str, list[int]] | None) -> str:
+    return "nothing" if tensor is None else f"{tensor[0]} {tensor[1]}"
+
+
+def checked_tensor(file: TensorFile, key: str, expected: str) -> torch.Tensor:
+    """Read a tensor and compare it with its checksum.
+
+    Raises:
+        CheckpointError: it is not what was written.
+    """
+    tensor = file.tensor(key)
+    if checksum(raw_bytes(tensor)) != expected:
+        raise CheckpointError(f"{file.path}: damaged, {key} is not what was written; copy it again")
+    return tensor

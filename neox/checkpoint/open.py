@@ -4,44 +4,64 @@ from pathlib import Path
 
 from neox.checkpoint.huggingface import HuggingFaceReader, is_huggingface
 from neox.checkpoint.manifest import MANIFEST, checkpoint_folder, is_native
+from neox.checkpoint.meta_llama import MetaLlamaReader, is_meta_llama
 from neox.checkpoint.native import NativeReader
-from neox.checkpoint.upstream import UpstreamReader
+from neox.checkpoint.upstream import GQALayout, UpstreamReader
 from neox.checkpoint.upstream_files import is_upstream
 from neox.checkpoint.weights import WeightReader
 from neox.errors import CheckpointError
 
 
-def open_checkpoint(path: Path, iteration: int | None = None, *, gpt_j_residual: bool | None = None) -> WeightReader:
+def open_checkpoint(
+    path: Path,
+    iteration: int | None = None,
+    *,
+    gpt_j_residual: bool | None = None,
+    gqa_layout: GQALayout | None = None,
+) -> WeightReader:
     """Open the weights at `path`, whatever wrote them.
 
     Args:
         path: a folder of checkpoints with `latest` in it, one of its `global_step<N>` folders, or a folder of
-            Hugging Face's.
+            Hugging Face's or of Meta's.
         iteration: which checkpoint of the folder; None for the one that `latest` names.
-        gpt_j_residual: see `UpstreamReader`.
+        gpt_j_residual, gqa_layout: see `UpstreamReader`.
 
     Raises:
         CheckpointError: there is nothing that can be read; says what was found.
     """
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such folder; give a folder of checkpoints, or of a Hugging Face model")
-    folder = path
-    if iteration is not None or not _is_checkpoint(path):
-        folder = checkpoint_folder(path, iteration) or path
+    folder = locate_checkpoint(path, iteration)
     if is_native(folder):
         return NativeReader(folder)
     if is_upstream(folder):
-        return UpstreamReader(folder, gpt_j_residual=gpt_j_residual)
-    if is_huggingface(folder):
-        return HuggingFaceReader(folder)
+        return UpstreamReader(folder, gpt_j_residual=gpt_j_residual, gqa_layout=gqa_layout)
+    if is_meta_llama(folder):
+        return MetaLlamaReader(folder)
+    return HuggingFaceReader(folder)
+
+
+def locate_checkpoint(path: Path, iteration: int | None = None) -> Path:
+    """The folder of the one checkpoint that `path` and `iteration` mean (see `open_checkpoint`); not opened.
+
+    Raises:
+        CheckpointError: there is none; says what was found.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such folder; give a folder of checkpoints, or of a Hugging Face model")
+    if iteration is None and is_checkpoint(path):
+        return path
+    folder = checkpoint_folder(path, iteration) or path
+    if is_checkpoint(folder):
+        return folder
     raise CheckpointError(
         f"{folder}: no checkpoint; found {_contents(folder)}, expected {MANIFEST} (native), mp_rank_* or layer_* "
-        "files (GPT-NeoX) or config.json (Hugging Face)"
+        "files (GPT-NeoX), config.json (Hugging Face) or params.json (Meta's Llama)"
     )
 
 
-def _is_checkpoint(folder: Path) -> bool:
-    return is_native(folder) or is_upstream(folder) or is_huggingface(folder)
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder itself is a checkpoint of a known format."""
+    return is_native(folder) or is_upstream(folder) or is_huggingface(folder) or is_meta_llama(folder)
 
 
 def _contents(folder: Path) -> str:

@@ -13,7 +13,15 @@ from neox.data.tokenizers import build_tokenizer
 from neox.data.tokenizers.base import END_OF_DOCUMENT, PADDING
 from neox.errors import CheckpointError
 
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+BEGINNINGS = ("<|begin_of_text|>", "<s>", "<bos>", "[BOS]")
+"""What vocabularies call the beginning of a text."""
 
 
 @dataclass(frozen=True)
@@ -40,21 +48,23 @@ def export_tokenizer(
 
     Args:
         options: the tokenizer of the run.
-        from_huggingface: `vocab_file` is a folder (or a file in one) that transformers wrote; copy it as it is.
+        from_huggingface: `vocab_file` is a folder (or a file in one) that transformers wrote; copy it as it is, as
+            is done without being told where a tokenizer_config.json lies beside a tokenizer.json.
         pad_token_id: overrides the tokenizer's padding token.
         model_max_length: tokens the model was trained on, for the tokenizer's warning about longer texts.
 
     Raises:
         UserError: a file is missing, or this type of tokenizer has no such form.
     """
-    if from_huggingface:
-        return _copied(Path(options.vocab_file or "."), pad_token_id=pad_token_id)
-    tokenizer = build_tokenizer(options)
-    pad = tokenizer.pad if pad_token_id is None and tokenizer.pad != tokenizer.eod else pad_token_id
-    ids: dict[str, int | None] = {"bos_token_id": tokenizer.eod, "eos_token_id": tokenizer.eod}
-    ids |= {} if pad is None else {"pad_token_id": pad}
+    if from_huggingface or _is_copy(options):
+        return _copied(options, pad_token_id=pad_token_id)
+    ids = token_ids(options, pad_token_id=pad_token_id)
     text = _tokenizer_json(options)
     vocabulary = tokenizers.Tokenizer.from_str(text)
+    special = {added.content for added in vocabulary.get_added_tokens_decoder().values() if added.special}
+    beginning = next((token for token in BEGINNINGS if token in special), None)
+    if beginning is not None:
+        ids["bos_token_id"] = vocabulary.token_to_id(beginning)
     named: dict[str, Any] = {
         key.removesuffix("_id"): vocabulary.id_to_token(number) for key, number in ids.items() if number is not None
     }
@@ -65,6 +75,24 @@ def export_tokenizer(
         **named,
     }
     return ExportedTokenizer({"tokenizer.json": text, "tokenizer_config.json": json.dumps(settings, indent=2)}, ids)
+
+
+def token_ids(options: TokenizerConfig, *, pad_token_id: int | None = None) -> dict[str, int | None]:
+    """Special tokens of a run: documents end, and so begin, with its end-of-document token.
+
+    Raises:
+        UserError: a file of the tokenizer is missing.
+    """
+    tokenizer = build_tokenizer(options)
+    pad = tokenizer.pad if pad_token_id is None and tokenizer.pad != tokenizer.eod else pad_token_id
+    ids: dict[str, int | None] = {"bos_token_id": tokenizer.eod, "eos_token_id": tokenizer.eod}
+    return ids | ({} if pad is None else {"pad_token_id": pad})
+
+
+def _is_copy(options: TokenizerConfig) -> bool:
+    path = Path(options.vocab_file or "")
+    beside = path.with_name("tokenizer_config.json") if path.name == "tokenizer.json" else None
+    return options.tokenizer_type == "HFTokenizer" and beside is not None and beside.is_file()
 
 
 def _tokenizer_json(options: TokenizerConfig) -> str:
@@ -87,14 +115,20 @@ def _gpt2_json(vocab_file: str, merge_file: str) -> str:
     return backend.to_str(pretty=True)
 
 
-def _copied(path: Path, *, pad_token_id: int | None) -> ExportedTokenizer:
+def _copied(options: TokenizerConfig, *, pad_token_id: int | None) -> ExportedTokenizer:
+    path = Path(options.vocab_file or ".")
     folder = path if path.is_dir() else path.parent
     if not (folder / "tokenizer.json").is_file():
         raise CheckpointError(f"vocab_file: {folder} has no tokenizer.json; name a folder that transformers saved")
     files = {name: (folder / name).read_text(encoding="utf-8") for name in FILES if (folder / name).is_file()}
     vocabulary = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
-    settings = json.loads(files.get("tokenizer_config.json", "{}"))
+    settings = json.loads(files.get("special_tokens_map.json", "{}")) | json.loads(files.get(FILES[1], "{}"))
     ids = {f"{key}_id": _token_id(vocabulary, settings.get(key)) for key in ("bos_token", "eos_token", "pad_token")}
+    if ids["eos_token_id"] is None:
+        file = options.model_copy(
+            update={"tokenizer_type": "HFTokenizer", "vocab_file": str(folder / "tokenizer.json")}
+        )
+        ids["eos_token_id"] = build_tokenizer(file).eod
     if pad_token_id is not None:
         ids["pad_token_id"] = pad_token_id
     return ExportedTokenizer(files, ids)

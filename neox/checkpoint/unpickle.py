@@ -1,24 +1,18 @@
-"""Reading `torch.save` files of other programs without running what is in them.
+"""Unpickling what other programs wrote without running what is in it.
 
-A pickle can call any function. Files of plain tensors go through torch's own `weights_only` reader; files that
-also hold random-number states or objects of DeepSpeed go through an unpickler that knows a short list of names,
-makes inert placeholders of DeepSpeed's and Megatron's classes, and refuses everything else.
+A pickle can call any function. Checkpoints hold tensors, random-number states and a few objects of DeepSpeed, so the
+unpickler knows a short list of names, makes inert placeholders of DeepSpeed's and Megatron's classes, and refuses
+everything else.
 """
 
 import codecs
 import pickle
-import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-
-from neox.errors import CheckpointError
 
 FOREIGN_PACKAGES = ("argparse", "deepspeed", "megatron")
 """Packages whose classes become placeholders."""
@@ -37,6 +31,11 @@ class Placeholder:
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
+
+
+def _rebuild_with_state(function: Callable[..., Any], _: object, arguments: tuple[Any, ...], __: object) -> Any:
+    """How tensors pickle that carry attributes, which are left out; `function` is on the list itself."""
+    return function(*arguments)
 
 
 def _encode_latin1(text: str, encoding: str = "latin1") -> bytes:
@@ -60,9 +59,13 @@ ALLOWED: dict[tuple[str, str], Any] = {
     ("numpy", "dtype"): np.dtype,
     ("torch", "Size"): torch.Size,
     ("torch", "device"): torch.device,
+    ("torch", "Tensor"): Placeholder,
+    ("torch.nn.parameter", "Parameter"): Placeholder,
+    ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_with_state,
+    ("_io", "BytesIO"): Placeholder,
     **{
         ("torch._utils", name): getattr(torch._utils, name)
-        for name in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter")
+        for name in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_parameter")
     },
     **{
         (f"numpy.{core}.multiarray", name): function
@@ -89,47 +92,3 @@ class RestrictedUnpickler(pickle.Unpickler):
         if module_name.partition(".")[0] in FOREIGN_PACKAGES:
             return type(global_name, (Placeholder,), {})
         raise ForbiddenNameError(f"{module_name}.{global_name}")
-
-
-def _load(file: Any, **options: Any) -> Any:
-    return RestrictedUnpickler(file, **options).load()
-
-
-# What torch.load wants of a `pickle_module`.
-_RESTRICTED_PICKLE = SimpleNamespace(
-    __name__="restricted_pickle",
-    Unpickler=RestrictedUnpickler,
-    load=_load,
-    UnpicklingError=pickle.UnpicklingError,
-)
-
-
-def load_torch_file(path: Path) -> Any:
-    """Read a `torch.save` file on the CPU; tensors stay on disk until they are used where the file allows it.
-
-    Raises:
-        CheckpointError: the file is missing or damaged, or asks for a function that is none of a checkpoint's.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
-    mapped = zipfile.is_zipfile(path)
-    if mapped:
-        _refuse_programs(path)
-    with suppress(Exception):  # RNG states, foreign objects, damage: the second reader tells them apart
-        return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
-    try:
-        return torch.load(path, map_location="cpu", mmap=mapped, weights_only=False, pickle_module=_RESTRICTED_PICKLE)
-    except ForbiddenNameError as error:
-        raise CheckpointError(
-            f"{path}: asks for {error}, which no checkpoint needs; not loaded, the file may be malicious"
-        ) from None
-    except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path}: not readable as a torch file ({reason}); copy it again") from None
-
-
-def _refuse_programs(path: Path) -> None:
-    """TorchScript archives are programs, and torch.load would hand them to another reader."""
-    with zipfile.ZipFile(path) as archive:
-        if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-            raise CheckpointError(f"{path}: a TorchScript program, not a file of weights")

@@ -3,64 +3,64 @@
 import logging
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
 
-from neox.checkpoint.unpickle import load_torch_file
-from neox.checkpoint.upstream_files import KNOWN, Shards, open_files
-from neox.checkpoint.weights import check_shape, missing_tensor
+from neox.checkpoint.upstream_files import UpstreamFiles
+from neox.checkpoint.upstream_names import Dialect, dialect_of, translate
+from neox.checkpoint.upstream_parts import Part
+from neox.checkpoint.weight_map import Kind, kind_of
+from neox.checkpoint.weights import missing_tensor
 from neox.errors import CheckpointError
-from neox.parallel.splits import ONE_GROUP, Row, join_shards, split_dimension, split_of
+from neox.parallel.splits import ONE_GROUP, join_shards, split_dimension
+
+GQALayout = Literal["contiguous", "interleaved"]
+"""Rows of query_key_value where heads share keys: [Q; K; V] of a tensor rank, or for each query head its query and its
+share of keys and values (GPT-NeoX from February to November 2024)."""
 
 DRIFT_TOLERANCE = 1e-3
 """Replicated parameters that differ more than this between tensor ranks are reported."""
 
+_REWARD_HEAD = ".rm_linear.weight"
+"""Upstream divides its inputs; here it is replicated."""
+
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class OptimizerStates:
-    """Adam's state of a run.
-
-    Attributes:
-        step: updates made.
-        moments: canonical name -> `exp_avg` and `exp_avg_sq`, fp32, of the parameter's shape; empty before step 1.
-    """
-
-    step: int
-    moments: dict[str, dict[str, torch.Tensor]]
-
-
 class UpstreamReader:
-    """One `global_step<N>` folder, in the sequential or the pipeline layout, at any tensor-parallel size.
+    """One `global_step<N>` folder of GPT-NeoX: any layout, tensor-parallel size, ZeRO stage and dialect of names.
 
     Args:
         folder: the `global_step<N>` folder.
         gpt_j_residual: residual style of the run; None looks it up in the configuration files saved beside the
             weights. It matters only for the biases of row-parallel matrices at tensor-parallel size above 1.
+        gqa_layout: how query_key_value is laid out where heads share keys, which no shape tells. None takes
+            `interleaved` with the names of before September 2024, when there was no other, and else `contiguous`.
 
     Attributes:
         folder: as given.
+        files: what is in it.
         drift: largest difference between ranks of each replicated parameter read so far, where there is any.
 
     Raises:
         CheckpointError: files are missing or damaged, or hold another architecture than GPT-NeoX's.
     """
 
-    def __init__(self, folder: Path, *, gpt_j_residual: bool | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, gpt_j_residual: bool | None = None, gqa_layout: GQALayout | None = None
+    ) -> None:
         self.folder = folder
         self.drift: dict[str, float] = {}
-        files = open_files(folder)
-        self._ranks = files.ranks
-        self._shards = {
-            f"layers.{index}.{name}": shards for index, layer in files.layers() for name, shards in layer.items()
-        }
+        self.files = UpstreamFiles(folder)
+        self._dialect = dialect_of(self.files.weights[0])
+        self._shards = self._by_name(self.files.weights)
         self._gpt_j_residual = gpt_j_residual
+        self._gqa_layout = gqa_layout
         self._check_architecture()
 
     def __contains__(self, name: str) -> bool:
@@ -86,12 +86,29 @@ class UpstreamReader:
         """
         if name not in self._shards:
             raise missing_tensor(self.folder, name)
-        shards = self._shards[name]
-        if len(shards) == 1 or split_dimension(name) is not None:
-            return join_shards(name, shards, shape=torch.Size(self._shape(name)), groups=self._groups(name))
-        if _is_row_bias(name) and self._summed_biases:
-            return torch.stack(shards).float().sum(0).to(shards[0].dtype)
-        return self._agreed(name, shards)
+        return self.join(name, self._shards[name], adds=kind_of(name) is Kind.ROW_BIAS)
+
+    def join(self, name: str, parts: Sequence[Part], *, adds: bool = False) -> torch.Tensor:
+        """Put together what the tensor ranks have of a parameter, or of a state that the optimizer keeps of it.
+
+        Args:
+            name: of the parameter.
+            parts: by tensor rank.
+            adds: whether it is a bias to be summed where the run had parallel residuals.
+        """
+        if name.endswith(_REWARD_HEAD):
+            return torch.cat([part.read() for part in parts], dim=1)
+        if len(parts) == 1 or split_dimension(name) is not None:
+            groups = ONE_GROUP if self._is_interleaved(name) else self._groups(name)
+            shape = torch.Size(self._shape(name))
+            whole = join_shards(name, [part.read() for part in parts], shape=shape, groups=groups)
+            return self._contiguous(name, whole) if self._is_interleaved(name) else whole
+        if adds and self._summed_biases:
+            total = parts[0].read().float()
+            for part in parts[1:]:
+                total += part.read()
+            return total.to(parts[0].dtype)
+        return self._agreed(name, parts)
 
     @property
     def padded_vocab_size(self) -> int:
@@ -102,82 +119,105 @@ class UpstreamReader:
     def iteration(self) -> int:
         """Iterations trained."""
         number = re.search(r"\d+$", self.folder.name)
-        return int(self._state.get("iteration", number[0] if number else 0))
+        return int(self.files.state.get("iteration", number[0] if number else 0))
 
     @property
     def arguments(self) -> dict[str, Any]:
         """The sizes that upstream saves beside the weights; empty where only weights were kept."""
-        arguments = self._state.get("args")
-        return dict(arguments) if isinstance(arguments, dict) else {}
+        return dict(self.files.arguments)
 
-    def optimizer_states(self) -> OptimizerStates:
-        """Adam's moments by canonical name, for runs without ZeRO in the sequential layout at one tensor rank.
-
-        Upstream numbers parameters group by group: matrices first, which decay, then biases and norms, each in
-        the order of the modules.
-
-        Raises:
-            CheckpointError: the state was not saved, or in another layout.
-        """
-        saved = self._state.get("optimizer")
-        if not isinstance(saved, dict) or "state" not in saved or self._state.get("module") is None or self._ranks > 1:
-            raise CheckpointError(
-                f"{self.folder}: its optimizer state can be read only from fp32 runs with pipe_parallel_size 0, "
-                "model_parallel_size 1 and ZeRO 0; start with a fresh one"
-            )
-        numbers = [number for group in saved["param_groups"] for number in group["params"]]
-        ordered = list(self._shards)
-        if len(saved["param_groups"]) == 2:
-            ordered.sort(key=lambda name: len(self._shape(name)) == 1 or "norm" in name.split(".")[-2])
-        states = saved["state"]
-        if not states:
-            return OptimizerStates(step=0, moments={})
-        if len(numbers) != len(ordered) or not all(number in states for number in numbers):
-            raise CheckpointError(f"{self.folder}: its optimizer state does not cover its {len(ordered)} parameters")
-        moments = {}
-        for number, name in zip(numbers, ordered, strict=True):
-            moments[name] = {key: states[number][key] for key in ("exp_avg", "exp_avg_sq")}
-            check_shape(self.folder, f"{name} in the optimizer", moments[name]["exp_avg"].shape, self._shape(name))
-        # DeepSpeed's fused Adam counts only on the last parameter of a group.
-        return OptimizerStates(step=max(int(states[number]["step"]) for number in numbers), moments=moments)
+    def config_keys(self) -> dict[str, Any]:
+        """The configuration saved beside the weights, flat; empty where none was."""
+        return dict(self._saved_config)
 
     @cached_property
-    def _state(self) -> dict[str, Any]:
-        path = self.folder / "mp_rank_00_model_states.pt"
-        state = load_torch_file(path) if path.is_file() else {}
-        return state if isinstance(state, dict) else {}
+    def _saved_config(self) -> dict[str, Any]:
+        folders = (self.folder / "configs", self.folder.parent / "configs")
+        paths = next((found for folder in folders if (found := sorted(folder.glob("*.yml")))), [])
+        merged: dict[str, Any] = {}
+        for path in paths:
+            try:
+                content = yaml.safe_load(path.read_text())
+            except yaml.YAMLError:
+                raise CheckpointError(f"{path}: not valid YAML; mend it, the weights cannot be read without") from None
+            merged |= {str(name).replace("-", "_"): value for name, value in (content or {}).items()}
+        return merged
+
+    def _by_name(self, ranks: Sequence[dict[str, Part]]) -> dict[str, list[Part]]:
+        """Parts by canonical name, from each tensor rank's under the names of the file."""
+        translated = [translate(weights, self.folder) for weights in ranks]
+        found: dict[str, list[Part]] = {}
+        for name, first in translated[0].items():
+            for rank, weights in enumerate(translated):
+                shape = weights[name].shape if name in weights else None
+                if shape != first.shape:
+                    raise CheckpointError(
+                        f"{self.folder}: tensor rank {rank} has {name} of shape {list(shape) if shape else None}, "
+                        f"rank 0 {list(first.shape)}; copy the whole folder"
+                    )
+            found[name] = [weights[name] for weights in translated]
+        return found
 
     def _shape(self, name: str) -> tuple[int, ...]:
         if name not in self._shards:
             raise missing_tensor(self.folder, name)
         shape = list(self._shards[name][0].shape)
-        dimension = split_dimension(name)
+        dimension = 1 if name.endswith(_REWARD_HEAD) else split_dimension(name)
         if dimension is not None:
             shape[dimension] = sum(shard.shape[dimension] for shard in self._shards[name])
         return tuple(shape)
 
-    def _agreed(self, name: str, shards: Shards) -> torch.Tensor:
-        first = shards[0]
-        spread = max(float((first.float() - shard.float()).abs().max()) for shard in shards)
+    def _agreed(self, name: str, parts: Sequence[Part]) -> torch.Tensor:
+        first = parts[0].read()
+        total, spread = first.double(), 0.0
+        for part in parts[1:]:
+            other = part.read()
+            spread = max(spread, float((first.float() - other.float()).abs().max()))
+            total += other
         if spread == 0.0:
             return first
         if spread > DRIFT_TOLERANCE and name not in self.drift:
             logger.warning("%s: %s differs by %.2g between tensor ranks; averaged", self.folder, name, spread)
         self.drift[name] = spread
-        return torch.stack(shards).float().mean(0).to(first.dtype)
+        return (total / len(parts)).to(first.dtype)
 
     @cached_property
     def _summed_biases(self) -> bool:
-        """Whether row-parallel biases add up over ranks."""
+        """Whether row-parallel biases add up over ranks; TransformerEngine adds one after the reduction."""
+        if self._dialect is Dialect.TRANSFORMER_ENGINE:
+            return False
         if self._gpt_j_residual is not None:
             return self._gpt_j_residual
-        found = _saved_setting(self.folder, "gpt_j_residual")
-        if found is None:
+        if not {"num_layers", "hidden_size"} & set(self._saved_config):
             raise CheckpointError(
-                f"{self.folder}: was trained at model_parallel_size {self._ranks}, and how to join its biases depends "
-                "on gpt_j_residual; put the configuration of the run in configs/ beside the weights"
+                f"{self.folder}: was trained at model_parallel_size {self.files.ranks}, and how to join its biases "
+                "depends on gpt_j_residual; put the configuration of the run in configs/ beside the weights"
             )
-        return bool(found)
+        return bool(self._saved_config.get("gpt_j_residual", False))
+
+    def _is_interleaved(self, name: str) -> bool:
+        """Whether the rows of a parameter go from query head to query head though heads share keys."""
+        if not name.rpartition(".")[0].endswith("attention.query_key_value") or self._groups(name) == ONE_GROUP:
+            return False
+        if self._gqa_layout is not None:
+            return self._gqa_layout == "interleaved"
+        return self._dialect is Dialect.LEGACY
+
+    def _contiguous(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """[Q; K; V] from rows that go from query head to query head.
+
+        A query head's share of the keys is no head: the shares of all query heads of a group, one after another, are
+        the head of keys that they use.
+        """
+        heads = self.files.arguments.get("num_attention_heads") or self._saved_config.get("num_attention_heads")
+        if not isinstance(heads, int):
+            raise CheckpointError(
+                f"{self.folder}: the rows of {name} go from head to head, and nothing says how many heads there are; "
+                "put the configuration of the run in configs/ beside the weights"
+            )
+        query, share, _ = (size * rows.shape[0] // sum(self._groups(name)) // heads for size in self._groups(name))
+        by_head = rows.reshape(heads, query + 2 * share, *rows.shape[1:])
+        return torch.cat([part.flatten(0, 1) for part in by_head.split((query, share, share), dim=1)])
 
     def _groups(self, name: str) -> tuple[int, ...]:
         """The groups of a parameter's rows, told by the shapes (see `neox.parallel.splits`)."""
@@ -198,30 +238,29 @@ class UpstreamReader:
         return self._shape(linear1.replace("linear1", "linear2") + ".weight")[1]
 
     def _check_architecture(self) -> None:
-        """Refuse, by name, what is not a GPT-NeoX decoder."""
-        for name in self._shards:
-            local = name.split(".", 2)[2]
-            if KNOWN.fullmatch(local) is None:
-                raise CheckpointError(
-                    f"{self.folder}: layer {name.split('.')[1]} holds {local}; only GPT-NeoX layers "
-                    "(a norm, fused query_key_value, two-matrix MLP) can be read"
-                )
-        ranks = self.arguments.get("model_parallel_size", self._ranks)
-        if ranks != self._ranks:
+        """Refuse what is not whole, and what is not a GPT-NeoX decoder."""
+        ranks = self.arguments.get("model_parallel_size", self.files.ranks)
+        if ranks != self.files.ranks:
             raise CheckpointError(
-                f"{self.folder}: has files of {self._ranks} tensor ranks and the run had {ranks}; copy the whole folder"
+                f"{self.folder}: has files of {self.files.ranks} tensor ranks and the run had {ranks}; "
+                "copy the whole folder"
             )
+        blocks = {int(name.split(".")[1]) for name in self._shards if ".attention." in name}
+        missing = set(range(2, 2 + self.arguments.get("num_layers", len(blocks)))) - blocks
+        if missing or "layers.0.word_embeddings.weight" not in self._shards:
+            index = min(missing) if missing and 0 in {int(name.split(".")[1]) for name in self._shards} else 0
+            raise CheckpointError(f"{self.folder}: has no layer {index}; copy the whole folder")
         for name in self._shards:
             if name.endswith("attention.query_key_value.weight"):
                 self._check_heads(name)
             if name.endswith("mlp.linear1.weight"):
                 self._check_gate(name)
-        if self._ranks > 1 and any(name.endswith("qk_layernorm.weight") for name in self._shards):
+        if self.files.ranks > 1 and any(".qk_layernorm." in name for name in self._shards):
             logger.warning(
                 "%s: was trained at model_parallel_size %d, where GPT-NeoX normalises queries and keys over the heads "
                 "of a rank; here it is over all heads, which gives other logits",
                 self.folder,
-                self._ranks,
+                self.files.ranks,
             )
 
     def _check_heads(self, name: str) -> None:
@@ -231,6 +270,10 @@ class UpstreamReader:
                 f"{self.folder}: {name} has {rows} rows, which are no queries, keys and values of width {width}; "
                 "copy the whole folder"
             )
+        if rows != 3 * width and self._dialect is Dialect.TRANSFORMER_ENGINE:
+            raise CheckpointError(
+                f"{self.folder}: {name} is TransformerEngine's, of heads that share keys, which cannot be read"
+            )
 
     def _check_gate(self, name: str) -> None:
         rows, inner = self._shape(name)[0], self._inner_width(name.removesuffix(".weight"))
@@ -239,21 +282,5 @@ class UpstreamReader:
                 f"{self.folder}: {name} has {rows} rows for the {inner} columns of linear2; "
                 "they should be as many, or twice as many where the activation is gated"
             )
-
-
-def _is_row_bias(name: str) -> bool:
-    module, _, kind = name.split(".", 2)[2].rpartition(".")
-    return kind == "bias" and isinstance(split_of(module), Row)
-
-
-def _saved_setting(folder: Path, key: str) -> Any:
-    """Look up a key of the configuration saved with a checkpoint; upstream's default False if other keys are there."""
-    paths = sorted((folder / "configs").glob("*.yml")) or sorted((folder.parent / "configs").glob("*.yml"))
-    merged: dict[str, Any] = {}
-    for path in paths:
-        try:
-            content = yaml.safe_load(path.read_text())
-        except yaml.YAMLError:
-            raise CheckpointError(f"{path}: not valid YAML; mend it, {key} is read there") from None
-        merged |= {name.replace("-", "_"): value for name, value in (content or {}).items()}
-    return merged.get(key, False) if "num_layers" in merged or "hidden_size" in merged else None
+        if rows != inner and self._dialect is Dialect.TRANSFORMER_ENGINE:
+            raise CheckpointError(f"{self.folder}: {name} is TransformerEngine's with a gate, which cannot be read")

@@ -68,6 +68,19 @@ def check_shape(folder: Path, name: str, found: Sequence[int], wanted: Sequence[
         )
 
 
+def check_vocabulary(reader: WeightReader, tokens: int) -> None:
+    """See that there is a row of the embedding for each token of a tokenizer.
+
+    Raises:
+        CheckpointError: naming both numbers.
+    """
+    if tokens > reader.padded_vocab_size:
+        raise CheckpointError(
+            f"{reader.folder}: has {reader.padded_vocab_size} rows of vocabulary and the tokenizer {tokens} tokens; "
+            "set vocab_file to the tokenizer of the training run"
+        )
+
+
 def missing_tensor(folder: Path, name: str) -> CheckpointError:
     """Return the error for a parameter that a checkpoint does not have."""
     return CheckpointError(f"{folder}: has no tensor {name}; it was saved from another kind of model")

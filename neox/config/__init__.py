@@ -6,11 +6,13 @@ from neox.config.deepspeed import DeepSpeedConfig
 from neox.config.engine import deepspeed_dict
 from neox.config.generation import EvaluationConfig, GenerationConfig
 from neox.config.launch import LaunchConfig
+from neox.config.loaded import LoadedModel, ModelReader
 from neox.config.logging import LoggingConfig
 from neox.config.lora import LoraConfig
 from neox.config.model import ModelConfig
 from neox.config.optimization import BatchConfig, OptimizerConfig, ScheduleConfig
 from neox.config.parallel import ParallelConfig
+from neox.config.preference import ComparisonConfig, PreferenceConfig
 from neox.config.requirements import check_training
 from neox.config.training import CheckpointConfig, TrainingConfig
 from neox.config.yaml_files import resolve_config_paths, split_overrides
@@ -18,17 +20,21 @@ from neox.config.yaml_files import resolve_config_paths, split_overrides
 __all__ = [
     "BatchConfig",
     "CheckpointConfig",
+    "ComparisonConfig",
     "Config",
     "DataConfig",
     "DeepSpeedConfig",
     "EvaluationConfig",
     "GenerationConfig",
     "LaunchConfig",
+    "LoadedModel",
     "LoggingConfig",
     "LoraConfig",
     "ModelConfig",
+    "ModelReader",
     "OptimizerConfig",
     "ParallelConfig",
+    "PreferenceConfig",
     "ScheduleConfig",
     "TokenizerConfig",
     "TrainingConfig",

@@ -12,19 +12,24 @@ from neox.config.deepspeed import DeepSpeedConfig
 from neox.config.generation import EvaluationConfig, GenerationConfig
 from neox.config.keys import Section
 from neox.config.launch import LaunchConfig
+from neox.config.loaded import ModelReader, compare_models, take_absent_keys
 from neox.config.logging import LoggingConfig
 from neox.config.lora import LoraConfig, resolve_lora
 from neox.config.model import ModelConfig
 from neox.config.optimization import BatchConfig, OptimizerConfig, ScheduleConfig
 from neox.config.parallel import ParallelConfig
+from neox.config.preference import ComparisonConfig, PreferenceConfig
 from neox.config.problems import NO_PLACE, Problems
+from neox.config.resolve_amp import resolve_amp
 from neox.config.resolve_deepspeed import resolve_deepspeed, settle_types
+from neox.config.resolve_elasticity import resolve_elasticity
 from neox.config.resolve_growth import check_curriculum, check_ramp
 from neox.config.resolve_launch import check_launch
 from neox.config.resolve_logging import check_logging
 from neox.config.resolve_model import resolve_model
 from neox.config.resolve_optimizer import resolve_optimizer, resolve_schedule
 from neox.config.resolve_parallel import resolve_batch, resolve_parallel
+from neox.config.resolve_preference import Surroundings, check_preference
 from neox.config.resolve_training import check_checkpoint, check_data, resolve_training
 from neox.config.schema import fields_with_keys, put
 from neox.config.training import CheckpointConfig, TrainingConfig
@@ -37,6 +42,7 @@ def load_config(
     overrides: Sequence[str] = (),
     override_files: Sequence[str | Path] = (),
     world_size: int | None = None,
+    read_model: ModelReader | None = None,
 ) -> "Config":
     """Read YAML files, apply overrides and resolve the whole.
 
@@ -46,21 +52,26 @@ def load_config(
         override_files: YAML files whose keys replace those of `files` and of each other, mapping by mapping;
             each replacement becomes a notice.
         world_size: number of processes; None before it is known, which leaves the batch open.
+        read_model: opens the checkpoint of `load`, whose model fills in what is absent and is compared with the rest.
 
     Raises:
         ConfigError: with one line for each mistake.
+        CheckpointError: from `read_model`.
     """
     merged = merge(resolve_config_paths(files), overrides, override_files=resolve_config_paths(override_files))
-    return _build(merged, world_size=world_size)
+    return _build(merged, world_size=world_size, read_model=read_model)
 
 
-def config_from_dict(flat: Mapping[str, Any], *, world_size: int | None = 1) -> "Config":
-    """Resolve flat keys, the same as in YAML.
+def config_from_dict(
+    flat: Mapping[str, Any], *, world_size: int | None = 1, read_model: ModelReader | None = None
+) -> "Config":
+    """Resolve flat keys, the same as in YAML; see `load_config` for `read_model`.
 
     Raises:
         ConfigError: with one line for each mistake.
+        CheckpointError: from `read_model`.
     """
-    return _build(from_mapping(deepcopy(dict(flat))), world_size=world_size)
+    return _build(from_mapping(deepcopy(dict(flat))), world_size=world_size, read_model=read_model)
 
 
 class Config(Section):
@@ -81,6 +92,8 @@ class Config(Section):
     launch: LaunchConfig
     deepspeed: DeepSpeedConfig
     lora: LoraConfig
+    preference: PreferenceConfig
+    comparison: ComparisonConfig
     given: dict[str, Any]
     """The flat keys that were set, as they were set."""
     sources: dict[str, str]
@@ -108,11 +121,20 @@ class Config(Section):
                 put(flat, place.key, _plain(value))
         # The width is resolved: the factor it came from would clash with it.
         flat.pop("expansion_factor", None)
+        flat.pop("amp", None)  # fp16 is there
+        if self.batch.train_micro_batch_size_per_gpu:
+            flat.pop("elasticity", None)  # the batch that it gives is there
         if not self.optimizer.is_given:
             flat.pop("optimizer", None)
         else:
             flat["optimizer"]["params"] |= {"lr": self.optimizer.lr}
         return flat
+
+    @property
+    def reference_files(self) -> str | None:
+        """Name of the log-probabilities that the objective reads beside its documents; None where it reads none."""
+        objective, name = self.preference, self.generation.precompute_model_name
+        return name if objective.needs_reference(None) and not objective.needs_reference(name) else None
 
     def with_world_size(self, world_size: int) -> "Config":
         """Resolve again for a number of processes.
@@ -131,12 +153,17 @@ class Config(Section):
         return _rebuild(self, {"train_iters": train_iters, "train_epochs": None}, world_size=self.parallel.world_size)
 
 
-def _build(merged: Merged, *, world_size: int | None) -> Config:
+def _build(merged: Merged, *, world_size: int | None, read_model: ModelReader | None = None) -> Config:
+    loaded = read_model(merged.values) if read_model else None
+    if loaded is not None:
+        take_absent_keys(merged, loaded)
     problems = problems_of(merged)
     values = drop_unset(merged.values)
     notices = [*merged.replaced, *check_other_keys(values, problems)]
     sections = read_sections(values, problems)
     resolved = _resolve(sections, world_size=world_size, problems=problems, notices=notices)
+    if loaded is not None:
+        _apply(resolved, partial(compare_models, loaded=loaded, problems=problems), "model")
     problems.raise_any()
     sources = {place.key: "default" for _, place in fields_with_keys()} | dict.fromkeys(values, "given")
     return Config(
@@ -176,6 +203,7 @@ def _apply(resolved: dict[str, Section], rule: Callable[..., Section | None], *n
 
 def _resolve_layout(apply: Callable[..., None], world_size: int | None, problems: Problems, notices: list[str]) -> None:
     """Model, processes and batch."""
+    apply(lambda deepspeed, model: resolve_amp(deepspeed, model, problems, notices), "deepspeed", "model")
     apply(lambda deepspeed: resolve_deepspeed(deepspeed, problems, notices), "deepspeed")
     apply(lambda model, deepspeed: resolve_model(model, deepspeed, problems, notices), "model", "deepspeed")
     apply(settle_types, "deepspeed", "model")
@@ -187,6 +215,7 @@ def _resolve_layout(apply: Callable[..., None], world_size: int | None, problems
         "model",
         "deepspeed",
     )
+    apply(lambda batch, parallel: resolve_elasticity(batch, parallel, problems, notices), "batch", "parallel")
     apply(lambda batch, parallel: resolve_batch(batch, parallel, problems), "batch", "parallel")
 
 
@@ -200,7 +229,7 @@ def _resolve_run(apply: Callable[..., None], problems: Problems, notices: list[s
         "deepspeed",
     )
     apply(
-        lambda schedule, training, optimizer: resolve_schedule(schedule, training, optimizer, problems),
+        lambda schedule, training, optimizer: resolve_schedule(schedule, training, optimizer, problems, notices),
         "schedule",
         "training",
         "optimizer",
@@ -218,10 +247,28 @@ def _resolve_run(apply: Callable[..., None], problems: Problems, notices: list[s
         "model",
         "parallel",
     )
-    apply(lambda data: check_data(data, problems, notices), "data")
+    apply(lambda data, comparison: check_data(data, comparison, problems, notices), "data", "comparison")
     apply(lambda checkpoint: check_checkpoint(checkpoint, problems), "checkpoint")
     apply(lambda logging: check_logging(logging, problems), "logging")
     apply(lambda launch: check_launch(launch, problems), "launch")
+    _resolve_objective(apply, problems, notices)
+
+
+def _resolve_objective(apply: Callable[..., None], problems: Problems, notices: list[str]) -> None:
+    """What is minimised, and what it needs of all the rest."""
+    apply(
+        lambda model, preference: model.model_copy(update={"has_reward_head": preference.train_impl == "rm"}),
+        "model",
+        "preference",
+    )
+    apply(
+        lambda preference, comparison, *around: check_preference(
+            preference, comparison, Surroundings(*around), problems, notices
+        ),
+        "preference",
+        "comparison",
+        *Surroundings._fields,
+    )
 
 
 def _rebuild(config: Config, changes: dict[str, Any], *, world_size: int | None) -> Config:

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from neox.config.keys import Float, Floats, Int, Section, Strings, internal, not_yet, setting
+from neox.config.keys import Float, Floats, Int, Section, Strings, internal, setting
 
 
 class DataConfig(Section):
@@ -95,20 +95,6 @@ class TokenizerConfig(Section):
     merge_file: str | None = setting(None, "Merges, for GPT2BPETokenizer.")
 
 
-_PAIRS = tuple(
-    not_yet(f"{side}_{split}_{kind}", list, None, "Datasets of preferred and rejected completions.")
-    for side in ("pos", "neg")
-    for split in ("train", "valid", "test")
-    for kind in ("data_paths", "label_data_paths")
-)
-
 OTHER_KEYS = (
-    *_PAIRS,
-    not_yet("train_reward_data_paths", list, None, "Rewards of training documents."),
-    not_yet("valid_reward_data_paths", list, None, "Rewards of validation documents."),
-    not_yet("test_reward_data_paths", list, None, "Rewards of test documents."),
-    not_yet("dataset_impl", Literal["gpt2", "pairwise", "online"], "gpt2", "Kind of dataset."),
-    not_yet("online_dataserver_ips", str | list, "localhost", "Hosts that serve samples."),
-    not_yet("online_dataserver_ports", int | list, 10000, "Ports that serve samples."),
     internal("tokenizer", str, "The tokenizer object.", instead="set tokenizer_type and vocab_file"),
 )

@@ -3,7 +3,7 @@
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
-from neox.config.keys import Float, Lower, Section, internal, no_effect, not_yet, setting
+from neox.config.keys import Float, Lower, Section, dead, internal, no_effect, setting
 
 _Mapping = dict[str, Any]
 
@@ -14,6 +14,12 @@ class DeepSpeedConfig(Section):
     zero_optimization: _Mapping | None = setting(None, "ZeRO: stage, buckets, offload; absent: stage 0.")
     fp16: _Mapping | None = setting(None, "fp16 and its loss scale.", rule="Must say enabled; not together with bf16.")
     bf16: _Mapping | None = setting(None, "bf16.", rule="Must say enabled; not together with fp16.")
+    amp: _Mapping | None = setting(
+        None,
+        "Mixed precision as apex had it: enabled, opt_level O0 (fp32), O1 or O2 (fp16), loss_scale dynamic or a "
+        "number, min_loss_scale.",
+        rule="Sets precision and the loss scale of fp16; not together with fp16, bf16 or another precision.",
+    )
     data_types: _Mapping | None = setting(None, "grad_accum_dtype: type that gradients are summed in.")
     communication_data_type: Annotated[Literal["fp32", "fp16", "bf16"], Lower] | None = setting(
         None,
@@ -46,10 +52,8 @@ OTHER_KEYS = (
         "activation_checkpointing", dict, None, "DeepSpeed's recomputation; checkpoint_activations and its kin do it."
     ),
     no_effect("checkpoint", dict, None, "DeepSpeed's checkpoints; ours load at any layout, and need none of it."),
-    not_yet("amp", dict, None, "Mixed precision by apex; set precision, fp16 or bf16 instead."),
-    not_yet("data_efficiency", dict, None, "DeepSpeed's sampler of data; curriculum_learning is what there is."),
-    not_yet("elasticity", dict, None, "DeepSpeed's elastic training; torchrun restarts, load resumes at any size."),
-    not_yet("compression_training", dict, None, "DeepSpeed's compression; export to Hugging Face and compress there."),
+    dead("data_efficiency", dict, None, "DeepSpeed's sampler and token dropping, which ask for its own data loader."),
+    dead("compression_training", dict, None, "DeepSpeed's compression, which asks for a call that is never made."),
 )
 
 ZERO_KEYS = frozenset(
@@ -209,3 +213,48 @@ ABOVE_ZERO = frozenset({"reduce_bucket_size", "loss_scale_window"})
 AT_MOST_ONE = frozenset({"ratio", "cpuadam_cores_perc"})
 ANY_SIGN = frozenset({"module_depth"})
 """Numbers inside the sections with bounds of their own; the others are at least 0."""
+
+EXTRA_KEYS = frozenset(
+    [
+        "activation_checkpointing",
+        "aio",
+        "checkpoint",
+        "comet",
+        "compile",
+        "data_parallel_size",
+        "dataloader_drop_last",
+        "datastates_ckpt",
+        "disable_allgather",
+        "disable_python_gc",
+        "expert_parallel",
+        "gradient_accumulation_steps",
+        "gradient_allreduce_op",
+        "gradient_clipping",
+        "hybrid_engine",
+        "log_level",
+        "managed_gradient_accumulation",
+        "memory_breakdown",
+        "pipeline",
+        "seq_parallel_communication_data_type",
+        "sequence_parallel_size",
+        "steps_per_print",
+        "tensor_parallel",
+        "timers",
+        "torch_autocast",
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "use_data_before_expert_parallelism",
+        "vocabulary_size",
+        "wall_clock_breakdown",
+        "weight_quantization",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+    ]
+    + [name for name in DeepSpeedConfig.model_fields if name not in ("amp", "fp32_allreduce", "deepspeed_extra_args")]
+)
+"""Keys that deepspeed_extra_args may have: what DeepSpeed reads, and ignores when it is misspelt."""
+
+OWN_KEYS = frozenset(
+    {"optimizer", "scheduler", "amp", "elasticity", "data_efficiency", "compression_training", "curriculum_learning"}
+)
+"""Keys of DeepSpeed that are ours too and are not handed on: inside, DeepSpeed would read them for nothing."""

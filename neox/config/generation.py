@@ -2,17 +2,18 @@
 
 from typing import Literal
 
-from neox.config.keys import Float, Int, Section, Strings, not_yet, setting
+from neox.config.keys import Float, Int, Key, Section, Strings, setting
 
 
 class GenerationConfig(Section):
     """How text is sampled."""
 
-    text_gen_type: Literal["unconditional", "input-file", "interactive"] | None = setting(
+    text_gen_type: Literal["unconditional", "input-file", "interactive", "precompute"] | None = setting(
         None,
-        "Where prompts come from; absent: sample_input_file if given, else none.",
-        upstream=("precompute",),
-        rule="Absent: input-file when sample_input_file is set, else unconditional.",
+        "Where prompts come from; absent: sample_input_file if given, else none. precompute generates nothing: it "
+        "writes the log-probabilities of the data that dpo and kto compare with.",
+        rule="Absent: input-file when sample_input_file is set, else unconditional. precompute needs "
+        "precompute_model_name.",
     )
     temperature: Float = setting(
         0.0, "Temperature; 0 takes the likeliest token.", ge=0, rule="0 ignores top_k and top_p."
@@ -26,6 +27,11 @@ class GenerationConfig(Section):
     sample_output_file: str = setting("samples.txt", "JSON lines of the results.")
     num_samples: Int = setting(1, "Number of unconditional samples.", gt=0, rule="For text_gen_type unconditional.")
     recompute: bool = setting(False, "Generate without a cache of keys and values.")
+    precompute_model_name: str | None = setting(
+        None,
+        "Name of the model whose log-probabilities are written to, or read from, <data path>_<name>.",
+        rule="Read by dpo and kto in place of a reference model.",
+    )
 
 
 class EvaluationConfig(Section):
@@ -35,4 +41,4 @@ class EvaluationConfig(Section):
     eval_results_prefix: str = setting("", "Prefix of the results file.")
 
 
-OTHER_KEYS = (not_yet("precompute_model_name", str, None, "Suffix of precomputed log-probabilities."),)
+OTHER_KEYS: tuple[Key, ...] = ()

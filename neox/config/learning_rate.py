@@ -1,9 +1,11 @@
 """The learning rate of every step, in closed form: a pure function of the number of steps taken."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
+from neox.config.deepspeed_schedules import peak_rate, scheduled_betas, scheduled_rate
 from neox.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,11 +22,12 @@ class LearningRate:
     Attributes:
         peak: highest learning rate, reached at the end of the warmup.
         minimum: floor of every style but `constant`.
-        style: "constant", "linear", "cosine", "exponential", "inverse_sqrt" or "wsd".
+        style: "constant", "linear", "cosine", "exponential", "inverse_sqrt", "wsd", or one of DeepSpeed's schedules.
         warmup: length of the warmup in steps; not rounded, as upstream (fraction x horizon).
         horizon: step at which the decay of linear, cosine and wsd ends.
         decay_fraction: share of the horizon that is the decay of wsd.
         decay_shape: curve of the decay of wsd: "linear", "cosine" or "1-sqrt".
+        params: all parameters of a schedule of DeepSpeed's, which knows neither minimum nor warmup of ours.
     """
 
     peak: float
@@ -34,6 +37,7 @@ class LearningRate:
     horizon: int
     decay_fraction: float = 0.1
     decay_shape: str = "1-sqrt"
+    params: Mapping[str, Any] | None = None
 
     @classmethod
     def from_config(cls, config: "Config") -> Self:
@@ -46,6 +50,10 @@ class LearningRate:
         horizon = settings.lr_decay_iters
         if not horizon:
             raise ConfigError("the learning rate has no horizon: set train_iters or lr_decay_iters")
+        if settings.scheduler:
+            name, params = settings.scheduler["type"], settings.scheduler["params"]
+            peak = peak_rate(name, params, config.optimizer.lr)
+            return cls(peak=peak, minimum=0.0, style=name, warmup=0.0, horizon=horizon, params=params)
         return cls(
             peak=config.optimizer.lr,
             minimum=settings.min_lr,
@@ -59,6 +67,10 @@ class LearningRate:
     def lr_at(self, iteration: int) -> float:
         """Learning rate after `iteration` steps, which is the one that step `iteration + 1` uses."""
         return learning_rate(iteration, self)
+
+    def betas_at(self, iteration: int) -> tuple[float, float] | None:
+        """Adam's betas after `iteration` steps, where the schedule moves them."""
+        return None if self.params is None else scheduled_betas(iteration, self.style, self.params)
 
 
 def learning_rate(step: int, schedule: LearningRate) -> float:
@@ -84,7 +96,11 @@ def learning_rate(step: int, schedule: LearningRate) -> float:
     and not p / w (25 times the peak for w = 0.04), and cosine stays at m after the horizon instead of
     rising again. Kept although unusual: m is the floor of linear decay and not its end point, so the rate
     arrives there before the horizon; exponential decay halves the rate and does not aim at m.
+
+    A schedule of DeepSpeed's is DeepSpeed's at every step: see `scheduled_rate`.
     """
+    if schedule.params is not None:
+        return scheduled_rate(step, schedule.style, schedule.params, schedule.peak)
     if schedule.warmup > 0 and (step == 0 or step <= schedule.warmup):
         return schedule.peak * min(1.0, max(step, 1) / schedule.warmup)
     return max(_decayed(step, schedule), schedule.minimum)

@@ -137,6 +137,7 @@ class ModelConfig(Section):
         rule="Describes exactly num_layers layers; the word all fills what is left.",
     )
     attention_types: tuple[str, ...] = derived((), "attention_config spelled out, one name a layer.")
+    has_reward_head: bool = derived(False, "Whether the head gives a reward, as train_impl rm trains it, not logits.")
 
     @property
     def head_dim(self) -> int:
@@ -208,6 +209,7 @@ OTHER_KEYS = (
     no_effect("te_fp8_wgrad", bool, True, "fp8 in weight gradients."),
     no_effect("te_fp8_amax_history_len", int, 1, "Window of fp8's maxima."),
     no_effect("te_fp8_amax_compute_algo", str, "most_recent", "Rule of fp8's maxima."),
+    no_effect("serve_model_weights", bool, False, "Hand GPU memory to one vendor's sampler by pickle."),
     dead("num_unique_layers", int, None, "Layers with weights of their own."),
     dead("param_sharing_style", str, "grouped", "Order of shared layers."),
     dead("use_bias_in_norms", bool, True, "Biases in norms."),
@@ -231,7 +233,6 @@ OTHER_KEYS = (
     not_yet("dim_att", int, None, "Width of RWKV's attention."),
     not_yet("head_size", int, None, "Size of RWKV's heads."),
     not_yet("ffn_dim", int, None, "Width of RWKV's channel mixing."),
-    not_yet("serve_model_weights", bool, False, "Serve weights to a sampler."),
     not_yet("te_fp8_mha", bool, False, "fp8 in attention."),
     not_yet("moe_num_experts", int, 1, "Experts of a layer."),
     not_yet("moe_expert_interval", int, 1, "Every how many layers one has experts."),

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from neox.config.keys import Float, Int, Ints, Lower, Section, dead, derived, internal, not_yet, setting
+from neox.config.keys import Float, Int, Ints, Lower, Section, dead, derived, internal, setting
 
 OptimizerName = Literal[
     "adam",
@@ -41,6 +41,13 @@ class BatchConfig(Section):
         "Forward passes of one optimizer step; absent: whatever the other two imply, or 1.",
         gt=0,
         rule="Absent: train_batch_size over the other two.",
+    )
+    elasticity: dict[str, Any] | None = setting(
+        None,
+        "Batch for a changing number of processes: enabled, max_train_batch_size, micro_batch_sizes, min_gpus, "
+        "max_gpus, prefer_larger_batch, version 0.1 (counts processes) or 0.2 (whole hosts of num_gpus_per_node).",
+        rule="Sets train_batch_size and the other two, which may then not be set, unless "
+        "ignore_non_elastic_batch_info says so.",
     )
     rampup_batch_size: Ints | None = setting(
         None,
@@ -109,6 +116,12 @@ class ScheduleConfig(Section):
     )
     min_lr: Float = setting(0.0, "Floor of the learning rate.", ge=0, rule="At most optimizer.params.lr.")
     warmup: Float = setting(0.01, "Share of lr_decay_iters that is linear warmup, 0 to 1.", ge=0, le=1)
+    scheduler: dict[str, Any] | None = setting(
+        None,
+        "A schedule of DeepSpeed's in place of ours: type WarmupLR, WarmupDecayLR, WarmupCosineLR, OneCycle or "
+        "LRRangeTest, and its params.",
+        rule="Wins over lr_decay_style, min_lr, warmup and the rest; OneCycle moves the optimizer's betas too.",
+    )
     override_lr_scheduler: bool = setting(
         False,
         "When loading, take this schedule and not the saved one.",
@@ -148,5 +161,4 @@ OTHER_KEYS = (
         "Window of the loss scale; fp16.loss_scale_window is the one that works.",
     ),
     dead("min_scale", float, 1.0, "Smallest loss scale; fp16.min_loss_scale is the one that works."),
-    not_yet("scheduler", dict, None, "A learning-rate schedule of DeepSpeed's; set lr_decay_style, warmup and min_lr."),
 )

@@ -18,9 +18,10 @@ def check_training(config: Config) -> None:
         problems.add("optimizer", "training needs one; add optimizer: {type: Adam, params: {lr: 6.0e-4}}")
     if config.training.train_iters is None and config.training.train_epochs is None:
         problems.add("train_iters", "training needs a length; set train_iters or train_epochs")
-    if config.data.data_path is None and config.data.train_data_paths is None:
+    if config.comparison.dataset_impl == "gpt2" and not (config.data.data_path or config.data.train_data_paths):
         problems.add("data_path", "training needs data; set data_path, or train_, valid_ and test_data_paths")
-    if not (config.batch.train_batch_size or config.batch.train_micro_batch_size_per_gpu):
+    is_elastic = bool((config.batch.elasticity or {}).get("enabled"))
+    if not (config.batch.train_batch_size or config.batch.train_micro_batch_size_per_gpu or is_elastic):
         problems.add("train_batch_size", "training needs a batch; set it or train_micro_batch_size_per_gpu")
     tokenizer = config.tokenizer
     if tokenizer.tokenizer_type in _NEEDS_VOCABULARY and tokenizer.vocab_file is None:

@@ -3,7 +3,16 @@
 from collections.abc import Iterator
 from typing import Any
 
-from neox.config.deepspeed import ABOVE_ZERO, ANY_SIGN, AT_MOST_ONE, LEFTOVERS, SECTIONS, DeepSpeedConfig
+from neox.config.deepspeed import (
+    ABOVE_ZERO,
+    ANY_SIGN,
+    AT_MOST_ONE,
+    EXTRA_KEYS,
+    LEFTOVERS,
+    OWN_KEYS,
+    SECTIONS,
+    DeepSpeedConfig,
+)
 from neox.config.keys import mismatch, number
 from neox.config.model import ModelConfig
 from neox.config.problems import Problems, did_you_mean
@@ -19,6 +28,7 @@ def resolve_deepspeed(deepspeed: DeepSpeedConfig, problems: Problems, notices: l
         if section is not None and "enabled" not in section:
             problems.add(f"{name}.enabled", "not set; add enabled: true or enabled: false")
     extra = deepspeed.deepspeed_extra_args or {}
+    _check_extra(extra, problems)
     for place, kinds in SECTIONS.items():
         name, _, inner = place.partition(".")
         for path, section in ((place, getattr(deepspeed, name)), (f"deepspeed_extra_args.{place}", extra.get(name))):
@@ -28,6 +38,18 @@ def resolve_deepspeed(deepspeed: DeepSpeedConfig, problems: Problems, notices: l
         _check_leftovers(name, spellings, getattr(deepspeed, name) or {}, problems, notices)
     _check_zero_extensions(deepspeed, problems)
     return deepspeed
+
+
+def _check_extra(extra: dict[str, Any], problems: Problems) -> None:
+    """Refuse what DeepSpeed would not read, or for nothing."""
+    for key in map(str, extra):
+        place = f"deepspeed_extra_args.{key}"
+        if key in OWN_KEYS:
+            problems.add(place, f"is a key of its own; set {key} beside deepspeed_extra_args")
+        elif key == "ssh_port":
+            problems.add(place, "is no setting of the engine; give the hosts their Port in ~/.ssh/config")
+        elif key not in EXTRA_KEYS:
+            problems.add(place, f"DeepSpeed knows no such key{did_you_mean(key, EXTRA_KEYS) or '; remove it'}")
 
 
 def settle_types(deepspeed: DeepSpeedConfig, model: ModelConfig) -> DeepSpeedConfig:

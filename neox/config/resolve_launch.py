@@ -10,5 +10,5 @@ def check_launch(launch: LaunchConfig, problems: Problems) -> None:
         problems.add("exclude", f"{launch.exclude!r} is set together with include {launch.include!r}; keep one of them")
         return
     key = "include" if launch.include else "exclude"
-    if getattr(launch, key) and launch.hostfile is None:
+    if getattr(launch, key) and launch.hostfile is None and not launch.deepspeed_slurm:
         problems.add(key, "chooses among the hosts of a hostfile, and there is none; set hostfile, or remove it")

@@ -8,6 +8,7 @@ from neox.config.keys import mismatch, number
 from neox.config.optimization import OptimizerConfig, ScheduleConfig
 from neox.config.parallel import ParallelConfig
 from neox.config.problems import Problems, did_you_mean
+from neox.config.resolve_scheduler import resolve_scheduler
 from neox.config.training import TrainingConfig
 
 DEFAULT_LR = 1e-3
@@ -182,10 +183,15 @@ def _wrong_amount(name: str, value: Any) -> str:
 
 
 def resolve_schedule(
-    schedule: ScheduleConfig, training: TrainingConfig, optimizer: OptimizerConfig, problems: Problems
+    schedule: ScheduleConfig,
+    training: TrainingConfig,
+    optimizer: OptimizerConfig,
+    problems: Problems,
+    notices: list[str],
 ) -> ScheduleConfig:
     """Find the decay horizon: lr_decay_iters, else train_iters x lr_decay_fraction, else train_iters."""
-    if optimizer.is_given and schedule.min_lr > optimizer.lr:
+    schedule = resolve_scheduler(schedule, training, optimizer, problems, notices)
+    if optimizer.is_given and schedule.min_lr > optimizer.lr and not schedule.scheduler:
         problems.add("min_lr", f"{schedule.min_lr:g} is above optimizer.params.lr {optimizer.lr:g}; lower it")
     if schedule.override_lr_scheduler and schedule.use_checkpoint_lr_scheduler:
         problems.add("override_lr_scheduler", "contradicts use_checkpoint_lr_scheduler; keep one of them")

@@ -4,6 +4,7 @@ import math
 import re
 
 from neox.config.data import DataConfig
+from neox.config.preference import ComparisonConfig
 from neox.config.problems import Problems
 from neox.config.training import CheckpointConfig, TrainingConfig
 
@@ -26,7 +27,7 @@ def resolve_training(training: TrainingConfig, data: DataConfig, problems: Probl
     return training.model_copy(update={name: evaluates for name in ("do_valid", "do_test") if name not in given})
 
 
-def check_data(data: DataConfig, problems: Problems, notices: list[str]) -> None:
+def check_data(data: DataConfig, comparison: ComparisonConfig, problems: Problems, notices: list[str]) -> None:
     """Check that datasets, labels and weights go together."""
     if data.weighted_sampler_alpha != 1.0 and not data.weight_by_num_documents:
         notices.append("weighted_sampler_alpha has no effect: weight_by_num_documents is not set")
@@ -39,11 +40,10 @@ def check_data(data: DataConfig, problems: Problems, notices: list[str]) -> None
             problems.add(named[0], f"{split}_data_paths is missing; set all three lists, or data_path and split")
         for kind in ("label_data_paths", "data_weights"):
             extra = getattr(data, f"{split}_{kind}")
-            if extra is not None and len(extra) != len(paths or ()):
-                problems.add(
-                    f"{split}_{kind}",
-                    f"has {len(extra)} entries, and {split}_data_paths has {len(paths or ())}",
-                )
+            listed = f"pos_{split}_data_paths" if comparison.is_pairwise else f"{split}_data_paths"
+            sets = len(comparison.side("pos", split) if comparison.is_pairwise else paths or ())
+            if extra is not None and len(extra) != sets:
+                problems.add(f"{split}_{kind}", f"has {len(extra)} entries, and {listed} has {sets}")
         weights = getattr(data, f"{split}_data_weights") or (1.0,)
         if min(weights) < 0 or not 0 < sum(weights) < math.inf:
             problems.add(f"{split}_data_weights", f"expected weights of at least 0, not all 0, got {list(weights)}")
@@ -69,3 +69,18 @@ def check_checkpoint(checkpoint: CheckpointConfig, problems: Problems) -> None:
         problems.add("checkpoint_factor", f"expected a ratio above 1 with checkpoint_scale log, got {factor!r}")
     if any(iteration < 0 for iteration in checkpoint.extra_save_iters):
         problems.add("extra_save_iters", f"expected iterations of at least 0, got {list(checkpoint.extra_save_iters)}")
+    _check_places(checkpoint, problems)
+
+
+def _check_places(checkpoint: CheckpointConfig, problems: Problems) -> None:
+    """See that only `s3_path` is an address."""
+    mends = {"save": "set s3_path to the address and save to a folder", "load": "copy it here first"}
+    for key, mend in mends.items():
+        place = getattr(checkpoint, key)
+        if place is not None and place.startswith("s3://"):
+            problems.add(key, f"a folder is needed, got {place}; {mend}")
+    address = checkpoint.s3_path
+    if address is not None and not re.match("s3://[^/]", address):
+        problems.add("s3_path", f"expected s3://bucket/prefix, got {address!r}")
+    if address is not None and checkpoint.save is None:
+        problems.add("s3_path", "set without save, whose checkpoints would be uploaded; add save: checkpoints")

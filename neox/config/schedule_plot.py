@@ -90,8 +90,9 @@ def _title(plan: Plan) -> str:
     style = schedule.style
     if style == "wsd":
         style += f" (last {schedule.decay_fraction:.0%}: {schedule.decay_shape})"
+    warmup = "" if schedule.params is not None else f"warmup {schedule.warmup:g} iterations, "
     return (
-        f"learning rate: {style}, warmup {schedule.warmup:g} iterations, peak {schedule.peak:.3g}, "
+        f"learning rate: {style}, {warmup}peak {max(plan.rates, default=0.0):.3g}, "
         f"first {plan.rates[0]:.3g}, last {plan.rates[-1]:.3g}, {steps:,} iterations"
     )
 

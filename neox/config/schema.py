@@ -8,7 +8,19 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from neox.config import data, deepspeed, generation, launch, logging, lora, model, optimization, parallel, training
+from neox.config import (
+    data,
+    deepspeed,
+    generation,
+    launch,
+    logging,
+    lora,
+    model,
+    optimization,
+    parallel,
+    preference,
+    training,
+)
 from neox.config.data import DataConfig, TokenizerConfig
 from neox.config.deepspeed import DeepSpeedConfig
 from neox.config.generation import EvaluationConfig, GenerationConfig
@@ -19,6 +31,7 @@ from neox.config.lora import LoraConfig
 from neox.config.model import ModelConfig
 from neox.config.optimization import BatchConfig, OptimizerConfig, ScheduleConfig
 from neox.config.parallel import ParallelConfig
+from neox.config.preference import ComparisonConfig, PreferenceConfig
 from neox.config.training import CheckpointConfig, TrainingConfig
 
 SECTIONS: MappingProxyType[str, type[Section]] = MappingProxyType(
@@ -38,10 +51,12 @@ SECTIONS: MappingProxyType[str, type[Section]] = MappingProxyType(
         "launch": LaunchConfig,
         "deepspeed": DeepSpeedConfig,
         "lora": LoraConfig,
+        "preference": PreferenceConfig,
+        "comparison": ComparisonConfig,
     }
 )
 
-_TOPICS = (model, parallel, optimization, data, training, logging, generation, launch, deepspeed, lora)
+_TOPICS = (model, parallel, optimization, data, training, logging, generation, launch, deepspeed, lora, preference)
 
 
 @dataclass(frozen=True)

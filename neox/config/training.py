@@ -12,7 +12,6 @@ from neox.config.keys import (
     dead,
     internal,
     no_effect,
-    not_yet,
     number,
     setting,
     whole_number,
@@ -80,6 +79,11 @@ class CheckpointConfig(Section):
     no_save_rng: bool = setting(False, "Do not save the state of random numbers.")
     no_load_optim: bool = setting(False, "Do not load the optimizer.")
     no_load_rng: bool = setting(False, "Do not load the state of random numbers.")
+    checkpoint_validation_with_forward_pass: bool = setting(
+        False,
+        "Save the losses of a few fixed sequences with every checkpoint, and compare them when a run is taken up.",
+        rule="Agreement is to 1e-4 in fp32, 5e-3 in fp16, 2e-2 in bfloat16; finetune does not compare.",
+    )
     load_fallback: bool = setting(
         False, "Where the checkpoint is damaged, load the newest whole one instead of stopping.", rule="Needs load."
     )
@@ -115,18 +119,4 @@ OTHER_KEYS = (
     internal("adlr_autoresume_object", str, "A hook of one cluster.", instead="leave it out"),
     internal("config_files", dict, "Texts of the files.", instead="leave it out: checkpoints hold them anyway"),
     no_effect("profile_backward", bool, False, "Time the recomputed backward pass; profile: true shows it."),
-    not_yet("checkpoint_validation_with_forward_pass", bool, False, "Check a checkpoint by a forward pass."),
-    not_yet("train_impl", Literal["normal", "dpo", "rm", "kto", "reinforce"], "normal", "Objective."),
-    not_yet("dpo_fp32", bool, True, "DPO in fp32."),
-    not_yet("dpo_reference_free", bool, False, "DPO without a reference."),
-    not_yet("dpo_beta", float, 0.1, "Temperature of DPO."),
-    not_yet("kto_fp32", bool, True, "KTO in fp32."),
-    not_yet("kto_desirable_weight", float, 1.0, "KTO's weight of good examples."),
-    not_yet("kto_undesirable_weight", float, 1.0, "KTO's weight of bad examples."),
-    not_yet("kto_beta", float, 0.1, "Temperature of KTO."),
-    not_yet("z_loss", float, 0.0, "Penalty on squared logits."),
-    not_yet("fp32_reinforce", bool, True, "REINFORCE in fp32."),
-    not_yet("kl_impl", Literal["abs", "mse", "kl", "full"], "mse", "Estimator of the divergence."),
-    not_yet("kl_div_beta", float, 0.1, "Weight of the divergence."),
-    not_yet("reinforce_leave_one_out", bool, False, "Baseline of REINFORCE."),
 )

@@ -15,9 +15,11 @@ from neox.data.blending import (
     split_boundaries,
     weights_by_num_documents,
 )
+from neox.data.completions import CompletionDataset, CompletionSource, completion_sources
 from neox.data.gpt_dataset import GPTDataset, PackingOptions, build_gpt_dataset
 from neox.data.index_cache import SINGLE_PROCESS, Coordinator
 from neox.data.indexed import IndexedDataset
+from neox.data.online import OnlineDataset
 from neox.data.packing import packed_sample_count
 from neox.errors import DataError
 
@@ -33,9 +35,9 @@ SPLITS = ("train", "valid", "test")
 class DatasetSplits:
     """The datasets of a run; None where there is nothing to read or nothing is asked for."""
 
-    train: SampleSource | None
-    valid: SampleSource | None
-    test: SampleSource | None
+    train: SampleSource | OnlineDataset | None
+    valid: SampleSource | OnlineDataset | None
+    test: SampleSource | OnlineDataset | None
 
 
 def requested_samples(config: "Config") -> dict[str, int | None]:
@@ -65,7 +67,7 @@ def train_iters_for_epochs(config: "Config") -> int:
     Raises:
         DataError: a file is missing, or the data do not fill one batch.
     """
-    sources = _sources(config, "train")
+    sources = [source for source in _sources(config, "train") if isinstance(source, _Source)]
     seq_length = config.model.seq_length
     samples = sum(packed_sample_count(source.num_tokens, seq_length) for source in sources)
     epochs = config.training.train_epochs
@@ -85,19 +87,36 @@ def _global_batch(config: "Config") -> int:
     return size
 
 
-def build_datasets(config: "Config", coordinator: Coordinator = SINGLE_PROCESS) -> DatasetSplits:
+def build_datasets(config: "Config", coordinator: Coordinator = SINGLE_PROCESS, *, data_rank: int = 0) -> DatasetSplits:
     """Return the datasets that the configuration names, with their sample orders.
 
-    Every process that shares the coordinator's barrier must make this call.
+    Every process that shares the coordinator's barrier must make this call. A server of completions is asked only
+    when a sample is taken; data-parallel rank `data_rank` asks the one that is its own.
 
     Raises:
         DataError: no data are named, a file is missing or damaged, or labels do not fit their tokens.
     """
-    if not config.data.data_path and not config.data.train_data_paths:
+    if config.comparison.dataset_impl == "online":
+        return DatasetSplits(**{name: _online(config, name, data_rank) for name in SPLITS})
+    if not (config.data.data_path or config.data.train_data_paths or config.comparison.is_pairwise):
         raise DataError("no training data: set data_path, or train_data_paths, valid_data_paths and test_data_paths")
     wanted = requested_samples(config)
     built = {name: _build_split(config, name, wanted[name], coordinator) for name in SPLITS}
     return DatasetSplits(**built)
+
+
+def _online(config: "Config", split: str, data_rank: int) -> OnlineDataset | None:
+    if getattr(config.training, f"do_{split}") is False:
+        return None
+    servers, vocabulary = config.comparison.servers, config.model.padded_vocab_size
+    assert vocabulary is not None, "the vocabulary is resolved before the data are read"
+    return OnlineDataset(
+        servers[data_rank % len(servers)],
+        split,
+        seq_length=config.model.seq_length,
+        vocabulary=vocabulary,
+        leaves_one_out=config.preference.reinforce_leave_one_out,
+    )
 
 
 @dataclass(frozen=True)
@@ -134,13 +153,17 @@ def _build_split(
     return BlendedDataset(datasets, blend_order(weights, num_samples))
 
 
-def _one_pass(config: "Config", sources: Sequence[_Source], coordinator: Coordinator) -> BlendedDataset:
+def _one_pass(
+    config: "Config", sources: Sequence[_Source | CompletionSource], coordinator: Coordinator
+) -> BlendedDataset:
     """Mix corpora so that each sample comes once: the configuration allows train_epochs no other weights."""
     datasets = [_build_source(config, source, None, coordinator) for source in sources]
     return BlendedDataset(datasets, interleaved_order([len(dataset) for dataset in datasets]))
 
 
-def _build_source(config: "Config", source: _Source, num_samples: int | None, coordinator: Coordinator) -> GPTDataset:
+def _build_source(
+    config: "Config", source: _Source | CompletionSource, num_samples: int | None, coordinator: Coordinator
+) -> GPTDataset | CompletionDataset:
     packing = PackingOptions(
         seq_length=config.model.seq_length,
         seed=config.training.seed,
@@ -148,6 +171,9 @@ def _build_source(config: "Config", source: _Source, num_samples: int | None, co
         allow_chopped=config.data.allow_chopped,
         use_shared_fs=config.data.use_shared_fs,
     )
+    if isinstance(source, CompletionSource):
+        assert num_samples is not None, "a pass over packed documents is what train_epochs means"
+        return source.build(packing, num_samples, coordinator)
     dataset = build_gpt_dataset(
         source.tokens,
         packing,
@@ -162,9 +188,11 @@ def _build_source(config: "Config", source: _Source, num_samples: int | None, co
     return dataset
 
 
-def _sources(config: "Config", split: str) -> list[_Source]:
+def _sources(config: "Config", split: str) -> Sequence[_Source | CompletionSource]:
     """Return the corpora of a split; empty if it has no documents."""
     data = config.data
+    if config.preference.is_on:
+        return completion_sources(config, split)
     if not data.data_path:
         return _listed_sources(config, split)
     tokens = _open(config, data.data_path)
@@ -188,7 +216,7 @@ def _open(config: "Config", prefix: str) -> IndexedDataset:
     return IndexedDataset(prefix, data_impl=config.data.data_impl, warmup=config.data.mmap_warmup)
 
 
-def _weights(config: "Config", split: str, sources: Sequence[_Source]) -> list[float]:
+def _weights(config: "Config", split: str, sources: Sequence[_Source | CompletionSource]) -> list[float]:
     """Return the weight of each corpus; they sum to 1."""
     data = config.data
     if data.weight_by_num_documents:

@@ -101,9 +101,14 @@ class _AsTorchDataset(Dataset[Sample]):
 
 
 def stack_samples(samples: Sequence[Sample]) -> Batch:
-    """Stack samples into tensors [b, S + 1]; samples without labels get their tokens as labels."""
+    """Stack samples into tensors [b, S + 1]; samples without labels get their tokens as labels.
+
+    What else they have, rewards say, all of them have.
+    """
     batch = {"tokens": torch.from_numpy(np.stack([sample["tokens"] for sample in samples]))}
     if any("labels" in sample for sample in samples):
         labels = [sample.get("labels", sample["tokens"]) for sample in samples]
         batch["labels"] = torch.from_numpy(np.stack(labels))
+    for name in samples[0].keys() - {"tokens", "labels"}:
+        batch[name] = torch.from_numpy(np.stack([sample[name] for sample in samples]))
     return batch

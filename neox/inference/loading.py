@@ -4,10 +4,10 @@ from pathlib import Path
 
 from neox.checkpoint.lora import merged
 from neox.checkpoint.open import open_checkpoint
-from neox.checkpoint.weights import WeightReader, weight_source
+from neox.checkpoint.weights import WeightReader, check_vocabulary, weight_source
 from neox.config import Config
 from neox.data.tokenizers import Tokenizer, build_tokenizer
-from neox.errors import CheckpointError
+from neox.errors import CheckpointError, ConfigError
 from neox.model.build import DTYPES, build_decoder
 from neox.model.layers import Decoder
 from neox.parallel.mesh import Mesh
@@ -40,15 +40,27 @@ def load_model(config: Config, mesh: Mesh) -> tuple[Decoder, Tokenizer]:
 
     Raises:
         CheckpointError: see `open_model`, or the checkpoint does not fit the configuration or the tokenizer.
+        ConfigError: a reward model is asked for text.
         DataError: the tokenizer cannot be built.
     """
+    if config.model.has_reward_head:
+        raise ConfigError("train_impl: rm gives rewards and no text; name the configuration of a language model")
     tokenizer = build_tokenizer(config.tokenizer)
     reader = open_model(config)
-    if tokenizer.vocab_size > reader.padded_vocab_size:
-        raise CheckpointError(
-            f"{reader.folder}: has {reader.padded_vocab_size} rows of vocabulary and the tokenizer "
-            f"{tokenizer.vocab_size} tokens; set vocab_file to the tokenizer of the training run"
-        )
+    check_vocabulary(reader, tokenizer.vocab_size)
+    return _decoder(config, mesh, reader), tokenizer
+
+
+def load_weights(config: Config, mesh: Mesh) -> Decoder:
+    """The model of `load_model` where no text is read or written, so that it needs no tokenizer.
+
+    Raises:
+        CheckpointError: see `open_model`, or the checkpoint does not fit the configuration.
+    """
+    return _decoder(config, mesh, open_model(config))
+
+
+def _decoder(config: Config, mesh: Mesh, reader: WeightReader) -> Decoder:
     model_config = config.model.model_copy(update={"padded_vocab_size": reader.padded_vocab_size})
     dtype = DTYPES[config.model.precision]
-    return build_decoder(model_config, source=weight_source(reader), mesh=mesh, dtype=dtype).eval(), tokenizer
+    return build_decoder(model_config, source=weight_source(reader), mesh=mesh, dtype=dtype).eval()

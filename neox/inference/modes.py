@@ -1,4 +1,4 @@
-"""What `generate.py` does: unconditional samples, prompts from a file, or an interactive session."""
+"""What `generate.py` does: unconditional samples, prompts from a file, an interactive session, or scoring documents."""
 
 import json
 import sys
@@ -13,6 +13,7 @@ from neox.errors import DataError
 from neox.files import write_whole
 from neox.inference.generate import GenerationSettings
 from neox.inference.loading import load_model
+from neox.inference.precompute import precompute
 from neox.inference.text import TextCompletion, TextGenerator
 from neox.parallel.mesh import Mesh
 
@@ -26,6 +27,9 @@ def run_generation(config: Config, mesh: Mesh) -> None:
         UserError: of the checkpoint, the prompts or the output file.
     """
     kind, prompts = generation_kind(config), []
+    if kind == "precompute":
+        precompute(config, mesh)
+        return
     if kind == "input-file":
         prompts = read_prompts(Path(config.generation.sample_input_file or ""))
     elif kind == "unconditional":

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 from neox.errors import LaunchError
 
 if TYPE_CHECKING:
-    from neox.config import Config
+    from neox.config import Config, ModelReader
 
 Script = Literal["train", "generate", "evaluate"]
 
@@ -30,14 +30,17 @@ class Arguments:
     config_dir: str | None
     override_files: list[str] = field(default_factory=list)
 
-    def load(self, *, world_size: int | None = None) -> "Config":
+    def load(self, *, world_size: int | None = None, read_model: "ModelReader | None" = None) -> "Config":
         """Read and resolve the configuration.
 
         Args:
             world_size: number of processes; None before it is known.
 
+            read_model: see `load_config`.
+
         Raises:
             ConfigError: with one line for each mistake.
+            CheckpointError: from `read_model`.
         """
         from neox.config import load_config, resolve_config_paths  # pydantic; `--help` does without
 
@@ -46,6 +49,7 @@ class Arguments:
             overrides=self.overrides,
             override_files=resolve_config_paths(self.override_files, self.config_dir),
             world_size=world_size,
+            read_model=read_model,
         )
 
 
@@ -69,13 +73,16 @@ def parse_arguments(script: Script, argv: Sequence[str]) -> Arguments:
     return Arguments(files, overrides + flags, config_dir, override_files)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are a `LaunchError`."""
+
     def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print."""
         raise LaunchError(f"{self.prog}: {message}; see {self.prog} --help")
 
 
 def _build_parser(script: Script) -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog=f"{script}.py",
         description=_DESCRIPTIONS[script],
         epilog=_epilog(script),

@@ -7,6 +7,9 @@ Launchers, in the order in which they are believed:
 3. Slurm (`srun`), also with a PMI plugin, which adds PMI_RANK to the same numbers;
 4. PMI (Hydra of MPICH and Intel MPI, MVAPICH).
 
+Launchers that number hosts instead of processes are read by `neox.launch.node`; the process they start on each
+host starts the ranks.
+
 Slurm sets its variables in places that are no rank. A process counts as one only inside a step that `srun`
 started: the batch script itself and the shells of `salloc` and `srun --pty` have no step, a step with a
 reserved number, or a terminal, and run as if Slurm were not there. So `python train.py` typed there starts
@@ -18,12 +21,21 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 
 from neox.errors import LaunchError
+from neox.launch.node import detect_node
 from neox.launch.nodelist import expand_nodelist, tasks_on_node
+from neox.launch.variables import DEFAULT_MASTER_PORT, integer, port
 
-DEFAULT_MASTER_PORT = 29500
 LOCAL_LAUNCH = "NEOX_LOCAL_LAUNCH"  # set by neox.launch.local in its workers
 TORCH_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 LOOPBACK = "127.0.0.1"
+
+_SPELLING = {
+    "environment": "torch's variables (RANK, WORLD_SIZE, ...)",
+    "deepspeed": "DeepSpeed",
+    "openmpi": "Open MPI",
+    "slurm": "Slurm",
+    "pmi": "MPI (PMI)",
+}
 
 # slurm.h: the numbers above are SLURM_INTERACTIVE_STEP, SLURM_BATCH_SCRIPT, SLURM_EXTERN_CONT, ...
 _SLURM_MAX_NORMAL_STEP_ID = 0xFFFFFFF0
@@ -76,6 +88,8 @@ def detect(environ: Mapping[str, str]) -> Placement | None:
     given = [name for name in TORCH_NAMES if environ.get(name)]
     if len(given) == len(TORCH_NAMES):
         return _from_torch(environ)
+    if detect_node(environ) is not None:
+        return None
     if "OMPI_COMM_WORLD_RANK" in environ:
         return _from_openmpi(environ)
     if _is_slurm_rank(environ) and not _is_hydra_in_slurm(environ):
@@ -86,6 +100,16 @@ def detect(environ: Mapping[str, str]) -> Placement | None:
         missing = ", ".join(name for name in TORCH_NAMES if name not in given)
         raise LaunchError(f"{given[0]} is set but not {missing}: set all of {', '.join(TORCH_NAMES)}, or none")
     return None
+
+
+def describe(placement: Placement | None) -> str:
+    """One line: what started this process, and which of the processes it is."""
+    if placement is None:
+        return "launcher: none"
+    here = "" if placement.local_world_size is None else f", {placement.local_world_size} on this host"
+    meeting = f"{placement.master_addr}:{placement.master_port}"
+    name = _SPELLING.get(placement.launcher, placement.launcher)
+    return f"launcher: {name}; rank {placement.rank} of {placement.world_size}{here}, meeting at {meeting}"
 
 
 def export(placement: Placement, environ: MutableMapping[str, str]) -> None:
@@ -116,12 +140,12 @@ def strip_local_rank(argv: Sequence[str]) -> list[str]:
 def _from_torch(environ: Mapping[str, str]) -> Placement:
     local_size = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if environ.get(name)), None)
     return Placement(
-        rank=_integer(environ, "RANK"),
-        local_rank=_integer(environ, "LOCAL_RANK"),
-        world_size=_integer(environ, "WORLD_SIZE"),
-        local_world_size=None if local_size is None else _integer(environ, local_size),
+        rank=integer(environ, "RANK"),
+        local_rank=integer(environ, "LOCAL_RANK"),
+        world_size=integer(environ, "WORLD_SIZE"),
+        local_world_size=None if local_size is None else integer(environ, local_size),
         master_addr=environ["MASTER_ADDR"],
-        master_port=_integer(environ, "MASTER_PORT"),
+        master_port=port(environ, "MASTER_PORT", DEFAULT_MASTER_PORT),
         launcher=_torch_launcher(environ),
     )
 
@@ -133,29 +157,29 @@ def _torch_launcher(environ: Mapping[str, str]) -> str:
 
 
 def _from_openmpi(environ: Mapping[str, str]) -> Placement:
-    world_size = _integer(environ, "OMPI_COMM_WORLD_SIZE")
-    local_size = _integer(environ, "OMPI_COMM_WORLD_LOCAL_SIZE")
+    world_size = integer(environ, "OMPI_COMM_WORLD_SIZE")
+    local_size = integer(environ, "OMPI_COMM_WORLD_LOCAL_SIZE")
     return Placement(
-        rank=_integer(environ, "OMPI_COMM_WORLD_RANK"),
-        local_rank=_integer(environ, "OMPI_COMM_WORLD_LOCAL_RANK"),
+        rank=integer(environ, "OMPI_COMM_WORLD_RANK"),
+        local_rank=integer(environ, "OMPI_COMM_WORLD_LOCAL_RANK"),
         world_size=world_size,
         local_world_size=local_size,
         master_addr=_mpi_master(environ, one_host=local_size == world_size, give="-x MASTER_ADDR=HOST"),
-        master_port=_master_port(environ, DEFAULT_MASTER_PORT),
+        master_port=port(environ, "MASTER_PORT", DEFAULT_MASTER_PORT),
         launcher="openmpi",
     )
 
 
 def _from_pmi(environ: Mapping[str, str]) -> Placement:
-    world_size = _integer(environ, "PMI_SIZE")
+    world_size = integer(environ, "PMI_SIZE")
     local_rank, local_size = _pmi_local(environ, world_size)
     return Placement(
-        rank=_integer(environ, "PMI_RANK"),
+        rank=integer(environ, "PMI_RANK"),
         local_rank=local_rank,
         world_size=world_size,
         local_world_size=local_size,
         master_addr=_mpi_master(environ, one_host=local_size == world_size, give="-genv MASTER_ADDR HOST"),
-        master_port=_master_port(environ, DEFAULT_MASTER_PORT),
+        master_port=port(environ, "MASTER_PORT", DEFAULT_MASTER_PORT),
         launcher="pmi",
     )
 
@@ -169,7 +193,7 @@ def _pmi_local(environ: Mapping[str, str], world_size: int) -> tuple[int, int | 
     )
     for rank_name, size_name in names:
         if rank_name in environ:
-            return _integer(environ, rank_name), _integer(environ, size_name) if size_name in environ else None
+            return integer(environ, rank_name), integer(environ, size_name) if size_name in environ else None
     if world_size == 1:
         return 0, 1
     raise LaunchError(
@@ -205,14 +229,14 @@ def _slurm_size_name(environ: Mapping[str, str]) -> str:
 
 
 def _from_slurm(environ: Mapping[str, str]) -> Placement:
-    world_size = _integer(environ, _slurm_size_name(environ))
+    world_size = integer(environ, _slurm_size_name(environ))
     return Placement(
-        rank=_integer(environ, "SLURM_PROCID"),
-        local_rank=_integer(environ, "SLURM_LOCALID"),
+        rank=integer(environ, "SLURM_PROCID"),
+        local_rank=integer(environ, "SLURM_LOCALID"),
         world_size=world_size,
         local_world_size=_slurm_local_size(environ, world_size),
         master_addr=environ.get("MASTER_ADDR") or _slurm_first_host(environ),
-        master_port=_master_port(environ, 20000 + _integer(environ, "SLURM_JOB_ID") % 10000),
+        master_port=port(environ, "MASTER_PORT", 20000 + integer(environ, "SLURM_JOB_ID") % 10000),
         launcher="slurm",
     )
 
@@ -228,21 +252,6 @@ def _slurm_first_host(environ: Mapping[str, str]) -> str:
 def _slurm_local_size(environ: Mapping[str, str], world_size: int) -> int | None:
     counts = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE")
     if counts and "SLURM_NODEID" in environ:
-        size = tasks_on_node(counts, _integer(environ, "SLURM_NODEID"))
+        size = tasks_on_node(counts, integer(environ, "SLURM_NODEID"))
         return None if size is None else min(size, world_size)
     return None
-
-
-def _master_port(environ: Mapping[str, str], default: int) -> int:
-    return _integer(environ, "MASTER_PORT") if environ.get("MASTER_PORT") else default
-
-
-def _integer(environ: Mapping[str, str], name: str) -> int:
-    text = environ.get(name)
-    if text is None:
-        raise LaunchError(
-            f"{name} is not set, though the launcher's other variables are: use one launcher for all ranks"
-        )
-    if not re.fullmatch(r"\d+", text):
-        raise LaunchError(f"{name}={text!r} is not a whole number: correct it, or unset it to run without a launcher")
-    return int(text)

@@ -1,4 +1,4 @@
-"""Starting all ranks on this machine: what `python train.py` does when no launcher did it."""
+"""Starting all ranks of this machine: what `python train.py` does when no launcher did it."""
 
 import os
 import signal
@@ -7,14 +7,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
 from neox.errors import LaunchError
+from neox.launch.endings import ENDING, exit_status, forwarded_signals
 from neox.launch.environment import LOCAL_LAUNCH, LOOPBACK, Placement, export
+from neox.launch.node import Node
 from neox.launch.reporting import ERROR_LOCK
 from neox.launch.worker import LAUNCHER_PID
 
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
     from neox.config import Config
 
 _POLL_SECONDS = 0.05
-_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def local_worker_count(config: "Config", cuda_devices: int) -> int:
@@ -37,18 +38,26 @@ def local_worker_count(config: "Config", cuda_devices: int) -> int:
     return asked if asked > 0 else config.parallel.model_parallel_size * config.parallel.pipeline_stages
 
 
-def run_local(argv: Sequence[str], *, workers: int, environ: Mapping[str, str], grace: float = 10.0) -> int:
-    """Run `workers` copies of `python ARGV...` as ranks 0 .. workers - 1 of one world, and wait for all.
+def run_local(
+    argv: Sequence[str],
+    *,
+    workers: int,
+    environ: Mapping[str, str],
+    node: Node | None = None,
+    grace: float = 10.0,
+) -> int:
+    """Run `workers` copies of `python ARGV...` as the ranks of this machine, and wait for all.
 
     The first worker to fail ends the others: SIGTERM, then SIGKILL after `grace` seconds. SIGINT, SIGTERM
     and SIGHUP are passed on, and the workers may take their time (to save a checkpoint); a second such
-    signal kills them. If this process is killed the workers die with it, provided that they call
-    `die_with_parent`, as `script_main` does.
+    signal kills them. SIGUSR1 and SIGUSR2 are passed on as often as they come. If this process is killed the
+    workers die with it, provided that they call `die_with_parent`, as `script_main` does.
 
     Args:
         argv: script and its arguments, as in `sys.argv`.
-        workers: size of the world.
+        workers: processes to start here; without `node`, the size of the world.
         environ: environment of the workers, before the rank's variables are added.
+        node: this machine among the hosts of the run; None if it is the only one.
         grace: seconds between SIGTERM and SIGKILL.
 
     Returns:
@@ -59,10 +68,11 @@ def run_local(argv: Sequence[str], *, workers: int, environ: Mapping[str, str], 
         LaunchError: a worker cannot be started.
     """
     group = _Workers(terminal=sys.stdin is not None and sys.stdin.isatty())
-    with tempfile.TemporaryDirectory(prefix="neox-launch-") as folder, _forward_signals(group):
+    with tempfile.TemporaryDirectory(prefix="neox-launch-") as folder, forwarded_signals(group.handle):
         try:
-            shared = _shared_environment(environ, workers=workers, folder=Path(folder))
-            group.start([sys.executable, *argv], count=workers, port=_free_port(), environ=shared)
+            alone = node is None or node.count == 1
+            shared = _shared_environment(environ, workers=workers, folder=Path(folder), alone=alone)
+            group.start([sys.executable, *argv], places=_places(workers, None if alone else node), environ=shared)
             return _supervise(group, grace=grace)
         finally:
             group.end()
@@ -70,32 +80,42 @@ def run_local(argv: Sequence[str], *, workers: int, environ: Mapping[str, str], 
 
 def single_placement() -> Placement:
     """Return the placement of a process that is the whole world, with a free port for its rendezvous."""
-    return _placement(0, count=1, port=_free_port())
+    return Placement(
+        rank=0,
+        local_rank=0,
+        world_size=1,
+        local_world_size=1,
+        master_addr=LOOPBACK,
+        master_port=_free_port(),
+        launcher="local",
+    )
 
 
 class _Workers:
-    """The processes of one world on this machine, in rank order."""
+    """The processes of one world that run on this machine, in rank order."""
 
     def __init__(self, *, terminal: bool) -> None:
         self.terminal = terminal
         self.processes: list[subprocess.Popen[bytes]] = []
         self.signals_received = 0
 
-    def start(self, command: Sequence[str], *, count: int, port: int, environ: Mapping[str, str]) -> None:
-        for rank in range(count):
+    def start(self, command: Sequence[str], *, places: Sequence[Placement], environ: Mapping[str, str]) -> None:
+        for place in places:
             if self.signals_received:  # asked to stop while starting
                 return
             try:
-                self.processes.append(self._start_one(command, rank=rank, count=count, port=port, environ=environ))
+                self.processes.append(self._start_one(command, place, environ))
             except OSError as error:
-                raise LaunchError(f"cannot start worker {rank} of {count}: {error}; try fewer workers") from error
+                which = f"worker {place.local_rank} of {len(places)}"
+                raise LaunchError(f"cannot start {which}: {error}; try fewer workers") from error
 
     def _start_one(
-        self, command: Sequence[str], *, rank: int, count: int, port: int, environ: Mapping[str, str]
+        self, command: Sequence[str], place: Placement, environ: Mapping[str, str]
     ) -> subprocess.Popen[bytes]:
         variables = dict(environ)
-        export(_placement(rank, count=count, port=port), variables)
-        # Only rank 0 may read the terminal, and a process that does must stay in the terminal's foreground
+        export(place, variables)
+        rank = place.local_rank
+        # Only the first may read the terminal, and a process that does must stay in the terminal's foreground
         # group.
         return subprocess.Popen(
             command,
@@ -130,9 +150,9 @@ class _Workers:
             process.wait()
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
-        """Signal handler: pass the first signal on, turn any later one into SIGKILL."""
-        self.signals_received += 1
-        if self.signals_received > 1:
+        """Signal handler: pass warnings and the first request to end on, turn any later request into SIGKILL."""
+        self.signals_received += signum in ENDING
+        if self.signals_received > 1 and signum in ENDING:
             self.send(signal.SIGKILL)
             return
         for rank in self.alive():
@@ -152,38 +172,27 @@ def _supervise(group: _Workers, *, grace: float) -> int:
         if time.monotonic() > deadline:
             group.send(signal.SIGKILL)
         time.sleep(_POLL_SECONDS)
-    failures = group.failures()
-    if 2 in failures:
-        return 2
-    status = first_failure or (failures[0] if failures else 0)
-    return 128 - status if status < 0 else status
+    return exit_status(first_failure, group.failures())
 
 
-@contextmanager
-def _forward_signals(group: _Workers) -> Iterator[None]:
-    # A signal that is ignored stays so, here and in the workers: that is how `nohup` works.
-    handled = [signum for signum in _FORWARDED if signal.getsignal(signum) is not signal.SIG_IGN]
-    previous = {signum: signal.signal(signum, group.handle) for signum in handled}
-    try:
-        yield
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
+def _places(workers: int, node: Node | None) -> list[Placement]:
+    """Placements of this machine's ranks, in order."""
+    first = single_placement()
+    if node is None:
+        first = replace(first, world_size=workers, local_world_size=workers)
+    else:
+        first = replace(
+            first,
+            rank=node.first_rank(workers),
+            world_size=node.world_size(workers),
+            local_world_size=workers,
+            master_addr=node.master_addr,
+            master_port=node.master_port,
+        )
+    return [replace(first, rank=first.rank + number, local_rank=number) for number in range(workers)]
 
 
-def _placement(rank: int, *, count: int, port: int) -> Placement:
-    return Placement(
-        rank=rank,
-        local_rank=rank,
-        world_size=count,
-        local_world_size=count,
-        master_addr=LOOPBACK,
-        master_port=port,
-        launcher="local",
-    )
-
-
-def _shared_environment(environ: Mapping[str, str], *, workers: int, folder: Path) -> dict[str, str]:
+def _shared_environment(environ: Mapping[str, str], *, workers: int, folder: Path, alone: bool) -> dict[str, str]:
     variables = {
         # Without this every worker starts a thread per core and they fight over them.
         "OMP_NUM_THREADS": str(max(1, _available_cores() // workers)),
@@ -192,7 +201,7 @@ def _shared_environment(environ: Mapping[str, str], *, workers: int, folder: Pat
         LAUNCHER_PID: str(os.getpid()),
         ERROR_LOCK: str(folder / "error"),
     }
-    if sys.platform.startswith("linux"):
+    if alone and sys.platform.startswith("linux"):
         # gloo otherwise resolves the host's name, which on laptops and behind VPNs leads nowhere.
         variables.setdefault("GLOO_SOCKET_IFNAME", "lo")
     return variables

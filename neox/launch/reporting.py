@@ -9,6 +9,7 @@ from pathlib import Path
 
 from neox.errors import UserError
 from neox.launch.environment import Placement
+from neox.launch.node import detect_node
 
 ERROR_LOCK = "NEOX_ERROR_LOCK"  # path of a file shared by the workers of one host
 
@@ -34,9 +35,14 @@ def report_user_error(error: UserError, *, environ: Mapping[str, str] | None = N
 
 
 def print_notices(lines: Iterable[str], placement: Placement | None) -> None:
-    """Write lines to stderr once for a run: in the process that starts the workers, else in rank 0."""
+    """Write lines to stderr once for a run: in what starts the workers (on the first host), else in rank 0."""
     started_by_us = placement is not None and placement.launcher == "local"
-    if placement is None or (placement.rank == 0 and not started_by_us):
+    if placement is None:
+        node = detect_node(os.environ)
+        speaks = node is None or node.rank == 0
+    else:
+        speaks = placement.rank == 0 and not started_by_us
+    if speaks:
         for line in lines:
             _print(line)
 

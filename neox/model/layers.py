@@ -13,8 +13,8 @@ from neox.config import ModelConfig
 from neox.model.attention import PLAIN, AttentionContext, with_shared_mask
 from neox.model.block import TransformerBlock
 from neox.model.embedding import Embedding
-from neox.model.head import OutputHead
-from neox.model.loss import Targets
+from neox.model.head import OutputHead, RewardHead
+from neox.model.loss import Labels, Targets
 from neox.model.norms import build_norm
 from neox.model.positions import share_tables
 
@@ -48,7 +48,7 @@ def layer_list(config: ModelConfig) -> list[LayerSpec]:
         LayerSpec(EMBEDDING_INDEX, lambda: Embedding(config)),
         *(LayerSpec(2 + i, lambda: TransformerBlock(config)) for i in range(count)),
         LayerSpec(count + 3, final_norm),
-        LayerSpec(count + 4, lambda: OutputHead(config)),
+        LayerSpec(count + 4, lambda: RewardHead(config) if config.has_reward_head else OutputHead(config)),
     ]
 
 
@@ -118,10 +118,10 @@ class Decoder(nn.Module):
     def forward(
         self,
         tokens_BS: torch.Tensor,
-        targets: Targets | None = None,
+        targets: Targets | Labels | None = None,
         contexts: Contexts = None,
     ) -> torch.Tensor:
-        """Logits [B, S, V] of int64 ids [B, S], or the loss (fp32 scalar) where targets are given.
+        """Logits [B, S, V] of int64 ids [B, S], or what the head makes of targets (see `neox.model.head`).
 
         Args:
             tokens_BS: int64 ids.
@@ -140,7 +140,7 @@ def _run(blocks: _InContext, x_BSD: torch.Tensor) -> torch.Tensor:
 
 def tie_embeddings(model: Decoder) -> None:
     """Make the head use the embedding matrix unless the config unties them (Press & Wolf 2017)."""
-    if not model.config.no_weight_tying:
+    if not (model.config.no_weight_tying or model.config.has_reward_head):
         model.head.final_linear.weight = model.embedding.word_embeddings.weight
 
 

@@ -6,6 +6,7 @@ of "Cut Your Losses in Large-Vocabulary Language Models", Wijmans et al. 2024, w
 of Liger Kernel's fused linear cross-entropy, Hsu et al. 2024). The cost in FLOPs is that of the plain loss.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,17 @@ class Targets:
 
     labels_BS: torch.Tensor
     weights_BS: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What the model is asked the log-probability of, token by token, instead of a loss.
+
+    Attributes:
+        labels_BS: int64 id of the next token.
+    """
+
+    labels_BS: torch.Tensor
 
 
 class _FusedLinearCrossEntropy(torch.autograd.Function):
@@ -158,6 +170,58 @@ def _minus_one_hot(probabilities_MV: torch.Tensor, labels_M: torch.Tensor, vocab
     return probabilities_MV.scatter_add_(1, local[:, None], -here[:, None].to(probabilities_MV.dtype))
 
 
+class _FusedLinearLogProbabilities(torch.autograd.Function):
+    """The same chunks where what becomes of a token's loss is not known yet: backward makes the logits again."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0917 - autograd passes arguments by position
+        ctx: Any,
+        hidden_MD: torch.Tensor,
+        weight_VD: torch.Tensor,
+        labels_M: torch.Tensor,
+        vocabulary: VocabularyRows,
+        chunk: int,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(hidden_MD, weight_VD, labels_M)
+        ctx.vocabulary, ctx.chunk = vocabulary, chunk
+        scores_M = hidden_MD.new_empty(len(hidden_MD), dtype=torch.float32)
+        for rows, losses, _ in _chunks_of_losses(hidden_MD, weight_VD, labels_M, vocabulary, chunk):
+            torch.neg(losses, out=scores_M[rows])
+        return scores_M
+
+    @staticmethod
+    def backward(ctx: Any, grad_M: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        hidden_MD, weight_VD, labels_M = ctx.saved_tensors
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden_MD) if need_hidden else None
+        grad_weight = torch.empty_like(weight_VD, dtype=torch.float32) if need_weight else None
+        largest = grad_M.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+        shares_M1 = (-grad_M / largest).to(hidden_MD.dtype)[:, None]
+        for rows, _, probabilities in _chunks_of_losses(hidden_MD, weight_VD, labels_M, ctx.vocabulary, ctx.chunk):
+            grad_logits = _minus_one_hot(probabilities, labels_M[rows], ctx.vocabulary).to(weight_VD.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad_logits, weight_VD, out=grad_hidden[rows]).mul_(shares_M1[rows])
+            if grad_weight is not None:
+                scaled = hidden_MD[rows] * shares_M1[rows]
+                _accumulate(grad_weight, grad_logits, scaled, is_first=rows.start == 0)
+        if grad_hidden is not None:
+            grad_hidden.mul_(largest)
+        if grad_weight is not None:
+            grad_weight = grad_weight.mul_(largest).to(weight_VD.dtype)
+        return grad_hidden, grad_weight, None, None, None
+
+
+def _chunks_of_losses(
+    hidden_MD: torch.Tensor, weight_VD: torch.Tensor, labels_M: torch.Tensor, vocabulary: VocabularyRows, chunk: int
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """Rows of each chunk, their losses, and probabilities [m, V] in a buffer that the next chunk overwrites."""
+    buffer = torch.empty(min(chunk, len(hidden_MD)), len(weight_VD), dtype=torch.float32, device=hidden_MD.device)
+    for start in range(0, len(hidden_MD), chunk):
+        rows = slice(start, start + chunk)
+        logits = _logits(hidden_MD[rows], weight_VD, vocabulary, buffer[: len(hidden_MD[rows])])
+        yield rows, *_cross_entropy(logits, labels_M[rows], vocabulary)
+
+
 def fused_linear_cross_entropy(
     hidden_BSD: torch.Tensor,
     weight_VD: torch.Tensor,
@@ -180,15 +244,34 @@ def fused_linear_cross_entropy(
         `hidden_BSD` is this rank's share: sum it over the group.
     """
     hidden_MD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
-    if chunk_bytes is None:
-        chunk_bytes = CPU_CHUNK_BYTES if hidden_BSD.device.type == "cpu" else CHUNK_BYTES
-    chunk = max(1, chunk_bytes // (4 * weight_VD.shape[0]))
-    if chunk > 256:
-        chunk -= chunk % 256  # whole tiles of a GPU's matrix units
+    chunk = _chunk_of_tokens(weight_VD, chunk_bytes)
     labels_M, weights_M = targets.labels_BS.reshape(-1), targets.weights_BS.reshape(-1)
     return _FusedLinearCrossEntropy.apply(
         hidden_MD, weight_VD, labels_M, weights_M, vocabulary, chunk, torch.is_grad_enabled()
     )
+
+
+def fused_linear_log_probabilities(
+    hidden_BSD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    labels_BS: torch.Tensor,
+    *,
+    vocabulary: VocabularyRows,
+    chunk_bytes: int | None = None,
+) -> torch.Tensor:
+    """Log-probability of each label, fp32 [B, S]; arguments, ranks and gradients as in `fused_linear_cross_entropy`."""
+    hidden_MD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
+    chunk = _chunk_of_tokens(weight_VD, chunk_bytes)
+    scores_M = _FusedLinearLogProbabilities.apply(hidden_MD, weight_VD, labels_BS.reshape(-1), vocabulary, chunk)
+    return scores_M.view_as(labels_BS)
+
+
+def _chunk_of_tokens(weight_VD: torch.Tensor, chunk_bytes: int | None) -> int:
+    """How many tokens have their logits made together."""
+    if chunk_bytes is None:
+        chunk_bytes = CPU_CHUNK_BYTES if weight_VD.device.type == "cpu" else CHUNK_BYTES
+    chunk = max(1, chunk_bytes // (4 * weight_VD.shape[0]))
+    return chunk - chunk % 256 if chunk > 256 else chunk  # whole tiles of a GPU's matrix units
 
 
 def token_losses(logits_BSV: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 
 from neox.config import Config
 from neox.errors import LaunchError
+from neox.parallel.agreement import agree_on_software
 
 CPU = torch.device("cpu")
 
@@ -103,6 +104,7 @@ def build_mesh(config: Config, *, timeout: timedelta = timedelta(minutes=30)) ->
     if not dist.is_initialized():
         backend = config.training.distributed_backend if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timeout)
+        agree_on_software(device)
     tensor_group, data_group = _groups(tensor, pipe)
     return Mesh(
         pipe_size=pipe,

@@ -76,6 +76,21 @@ class DivideSequence(nn.Module):
         return self.after(share.transpose(0, 1).contiguous())
 
 
+class JoinSequence(nn.Module):
+    """[B, S/T] -> [B, S]: the stretches of all ranks, all of which use the whole in the same way."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        super().__init__()
+        self.mesh = mesh
+
+    def forward(self, x_BS: torch.Tensor) -> torch.Tensor:
+        """Gather; the backward pass keeps this rank's stretch of the gradient."""
+        x_SB = mappings.gather_from_sequence_parallel_region(
+            x_BS.transpose(0, 1).contiguous(), tensor_parallel_output_grad=False, group=self.mesh.tensor_group
+        )
+        return x_SB.transpose(0, 1)
+
+
 def split_layer(layer: nn.Module, mesh: Mesh, *, sequence_parallel: bool, dtype: torch.dtype) -> None:
     """Replace what the table of splits names inside `layer`, in place, on the current default device.
 
@@ -147,12 +162,14 @@ def _share_vocabulary(layer: nn.Module, mesh: Mesh, *, sequence_parallel: bool) 
 
 
 def _divide_dropouts(layer: nn.Module, mesh: Mesh, *, sequence_parallel: bool) -> None:
-    """Independent masks for divided heads, and for the divided sequence; divide the sequence after the embedding."""
+    """Independent masks for divided heads and the divided sequence; divide it after the embedding, join rewards."""
     for name, module in list(layer.named_modules()):
         if name.endswith("attention.core") and module.dropout > 0.0:
             divide_dropout(module, mesh)
         if sequence_parallel and isinstance(module, nn.Dropout) and module.p > 0.0:
             divide_dropout(module, mesh)
+    if sequence_parallel and hasattr(layer, "rm_linear"):
+        layer.whole_sequence = JoinSequence(mesh)
     if sequence_parallel and hasattr(layer, "word_embeddings"):
         layer.hidden_dropout = DivideSequence(layer.get_submodule("hidden_dropout"), mesh)
 

@@ -21,7 +21,7 @@ from neox.quickstart.commands import ROOT, run_script, show, typed
 from neox.quickstart.corpus import Corpus, build_corpus
 from neox.quickstart.pace import affordable_steps
 from neox.training.preflight import settle_vocabulary
-from neox.training.run import load_folder
+from neox.training.origin import load_folder
 
 CONFIG = ROOT / "configs" / "quickstart.yml"
 VOCABULARY = 8192

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -33,11 +34,12 @@ class MicroBatch:
 
 
 class ModelInputs(NamedTuple):
-    """What a model is called with in training: its three arguments, in order."""
+    """What a model is called with in training: its three arguments, in order; and what only an objective reads."""
 
     tokens_BS: torch.Tensor
     targets: Targets
     context: AttentionContext | None
+    extras: Mapping[str, torch.Tensor] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class GlobalBatch:
 
     Attributes:
         micro_batches: inputs and targets in order.
-        token_count: unmasked tokens of the step over all data-parallel ranks, fp32 scalar on the device.
+        token_count: unmasked tokens of the step over all data-parallel ranks, fp32 scalar on the device. Where the
+            loss is a mean over samples: their number.
         samples: sequences of the step over all data-parallel ranks.
     """
 
@@ -61,7 +64,7 @@ class GlobalBatch:
 
     def pipeline_items(self) -> Iterator[tuple[torch.Tensor | tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]]:
         """The micro-batches as DeepSpeed's pipeline engine takes them: tensors, or tuples of tensors."""
-        for tokens, targets, context in self.micro_batches:
+        for tokens, targets, context, _ in self.micro_batches:
             inputs = tokens if context is None else (tokens, *documents_of(context))
             yield inputs, (targets.labels_BS, targets.weights_BS)
 

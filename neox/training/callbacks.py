@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 
 import torch
@@ -12,11 +12,11 @@ from neox.config import Config, ModelConfig
 from neox.errors import UserError
 from neox.model.flops import TokenFlops, flops_per_token
 from neox.parallel.mesh import Mesh
-from neox.training.checkpoints import is_save_point, save_run
 from neox.training.engine import Engine
 from neox.training.loop import Step
 from neox.training.metrics.loggers import MetricLog
 from neox.training.metrics.throughput import Throughput, device_peak_tflops
+from neox.training.saving import Saver, is_save_point
 from neox.training.schedule import LRSchedule
 from neox.training.validation import Evaluator, evaluations_before
 
@@ -35,6 +35,7 @@ class Metrics:
         self.log = log
         self.peak = config.logging.peak_theoretical_tflops or _device_peak(config, mesh)
         self.losses: list[torch.Tensor] = []
+        self.figures: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
         self.samples: Counter[int] = Counter()
         self.skipped = 0
         self.since = time.perf_counter()
@@ -47,6 +48,8 @@ class Metrics:
     def after_step(self, step: Step) -> None:
         """Keep the loss; report when due."""
         self.losses.append(step.loss)
+        for name, value in step.figures.items():
+            self.figures[name].append(value)
         self.samples[step.length] += step.samples
         self.skipped += step.skipped
         iteration = step.progress.iteration
@@ -57,6 +60,7 @@ class Metrics:
         self.log.progress(iteration)
         self.losses, self.skipped, self.since = [], 0, time.perf_counter()
         self.samples.clear()
+        self.figures.clear()
 
     def _report(self, step: Step) -> dict[str, float]:
         losses = torch.stack(self.losses)
@@ -66,6 +70,7 @@ class Metrics:
             "train/learning_rate": step.learning_rate,
             "train/skipped_iterations": self.skipped,
         }
+        figures |= {f"train/{name}": float(torch.stack(values).mean()) for name, values in self.figures.items()}
         figures["train/nan_iterations"] = int(losses.isnan().sum())
         if self.config.batch.rampup_batch_size is not None:
             figures["train/batch_size"] = step.samples
@@ -140,18 +145,24 @@ class Checkpoints:
     """Saves when the configuration says so, and at the end."""
 
     def __init__(self, engine: Engine, schedule: LRSchedule, *, last_iteration: int) -> None:
-        self.engine = engine
-        self.schedule = schedule
+        self.config = engine.config
+        self.saver = Saver(engine, schedule)
         self.last_iteration = last_iteration
 
     def before_training(self, progress: Progress) -> None:
         """`extra_save_iters: [0]` saves the initial weights."""
-        if progress.iteration == 0 and is_save_point(self.engine.config, 0):
-            save_run(self.engine, progress, self.schedule)
+        if progress.iteration == 0 and is_save_point(self.config, 0):
+            self.saver.save(progress)
+        if progress.iteration == self.last_iteration:
+            self.saver.finish()
 
     def after_step(self, step: Step) -> None:
-        """Save when due, and where this process ends the run."""
-        config, iteration = self.engine.config, step.progress.iteration
-        last = iteration == self.last_iteration and config.checkpoint.save is not None
-        if last or is_save_point(config, iteration):
-            save_run(self.engine, step.progress, self.schedule)
+        """Save when due, and where this process ends the run; there nothing is left in the background."""
+        iteration = step.progress.iteration
+        is_last = iteration == self.last_iteration
+        if is_save_point(self.config, iteration) or (is_last and self.config.checkpoint.save is not None):
+            self.saver.save(step.progress)
+        elif iteration % self.config.logging.log_interval == 0:
+            self.saver.look()
+        if is_last:
+            self.saver.finish()

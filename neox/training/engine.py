@@ -3,6 +3,7 @@
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from neox.config import Config, deepspeed_dict
 from neox.parallel.mesh import Mesh
 from neox.training.batches import GlobalBatch
+from neox.training.objectives.objective import Figures, NextToken, Objective
 from neox.training.optimizers.build import build_optimizer
 
 
@@ -21,11 +23,15 @@ class Engine(ABC):
     Attributes:
         config, mesh: what was asked for, and where this process stands.
         deepspeed: the DeepSpeed engine underneath.
+        objective: what is minimised.
+        figures: what it measured beside the loss in the last step or evaluation, means over all ranks.
     """
 
     config: Config
     mesh: Mesh
     deepspeed: Any
+    objective: Objective = NextToken()
+    figures: Figures = MappingProxyType({})
     watchers: tuple[Callable[[], None], ...] = ()
 
     @abstractmethod
@@ -52,10 +58,12 @@ class Engine(ABC):
         for watcher in self.watchers:
             watcher()
 
-    def set_learning_rate(self, learning_rate: float) -> None:
-        """Use this rate in the next update."""
+    def set_learning_rate(self, learning_rate: float, betas: tuple[float, float] | None = None) -> None:
+        """Use this rate, and where given these betas, in the next update."""
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
+            if betas is not None:
+                group["betas"] = betas
 
     @property
     def gradient_norm(self) -> torch.Tensor | float | None:

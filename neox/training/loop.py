@@ -1,7 +1,7 @@
 """The training loop: forward, backward, step; everything else is a callback."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -9,6 +9,7 @@ import torch
 from neox.checkpoint.manifest import Progress
 from neox.training.batches import BatchMaker
 from neox.training.engine import Engine
+from neox.training.objectives.objective import Figures
 from neox.training.schedule import LRSchedule
 
 
@@ -24,6 +25,7 @@ class Step:
         skipped: whether fp16 overflow dropped the update.
         samples: sequences it trained on, over all data-parallel ranks.
         length: tokens of each.
+        figures: what the objective measured beside the loss, by name.
     """
 
     progress: Progress
@@ -33,6 +35,7 @@ class Step:
     skipped: bool
     samples: int
     length: int
+    figures: Figures = field(default_factory=dict)
 
 
 class Callback(Protocol):
@@ -71,7 +74,7 @@ def training_loop(run: Run, progress: Progress, callbacks: Sequence[Callback]) -
     while progress.iteration < run.iterations:
         batch = run.batches.for_step(run.loader, progress)
         learning_rate = run.schedule.lr_at(progress.schedule_step)
-        run.engine.set_learning_rate(learning_rate)
+        run.engine.set_learning_rate(learning_rate, run.schedule.betas_at(progress.schedule_step))
         loss = run.engine.train_step(batch)
         skipped = run.engine.skipped_last_step
         progress = replace(
@@ -81,7 +84,14 @@ def training_loop(run: Run, progress: Progress, callbacks: Sequence[Callback]) -
             schedule_step=progress.schedule_step + (not skipped),
         )
         step = Step(
-            progress, loss, learning_rate, run.engine.gradient_norm, skipped, samples=batch.samples, length=batch.length
+            progress,
+            loss,
+            learning_rate,
+            run.engine.gradient_norm,
+            skipped,
+            samples=batch.samples,
+            length=batch.length,
+            figures=run.engine.figures,
         )
         for callback in callbacks:
             callback.after_step(step)

@@ -28,6 +28,7 @@ from neox.model.positions import share_tables
 from neox.parallel.mesh import Mesh
 from neox.training.batches import GlobalBatch
 from neox.training.compilation import compile_blocks
+from neox.training.deepspeed_settings import check_settings
 from neox.training.engine import Engine, join_deepspeed, start_deepspeed
 from neox.training.recompute import segment_length, segment_runner
 
@@ -38,6 +39,7 @@ class PipelineEngine(Engine):
     def __init__(self, config: Config, mesh: Mesh, source: WeightSource) -> None:
         self.config = config
         self.mesh = mesh
+        check_settings(config)
         join_deepspeed()
         module = StagedDecoder(config, mesh, source)
         compile_blocks((m for m in module.modules() if isinstance(m, TransformerBlock)), config, mesh)

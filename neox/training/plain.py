@@ -10,18 +10,22 @@ from neox.model.layers import Decoder, layer_list
 from neox.parallel.mesh import Mesh
 from neox.training.batches import GlobalBatch
 from neox.training.compilation import compile_blocks
+from neox.training.deepspeed_settings import check_settings
 from neox.training.engine import Engine, join_deepspeed, mean_over_data, start_deepspeed
+from neox.training.objectives.objective import NextToken, Objective, mean_figures
 from neox.training.recompute import segment_length, segment_runner
 
 
 class PlainEngine(Engine):
     """Runs the whole list of layers in every process."""
 
-    def __init__(self, config: Config, mesh: Mesh, source: WeightSource) -> None:
+    def __init__(self, config: Config, mesh: Mesh, source: WeightSource, objective: Objective | None = None) -> None:
+        self.objective = objective or NextToken()
         self.config = config
         self.mesh = mesh
         self.stage = config.parallel.zero_stage
         self.clip = config.optimizer.gradient_clipping
+        check_settings(config)
         model = self._build(source)
         # In fp32 without ZeRO the norm is ours, over all tensor-parallel ranks; DeepSpeed must not clip again.
         changes = {"gradient_clipping": 0.0} if self.stage == 0 else {}
@@ -43,7 +47,7 @@ class PlainEngine(Engine):
         model = Decoder(config.model, layers=layers)
         model.recompute_every, model.run_segment = segment_length(config), segment_runner(config)
         compile_blocks(model.blocks, config, mesh)
-        if self.stage == 3:
+        if self.stage == 3 and not config.model.has_reward_head:
             import deepspeed
 
             # The loss uses this matrix without calling the module that owns it.
@@ -55,9 +59,9 @@ class PlainEngine(Engine):
         engine = self.deepspeed
         engine.train()
         self.accumulate(len(batch.micro_batches))
-        losses = []
+        losses, figures = [], []
         for inputs in batch.micro_batches:
-            loss = engine(*inputs)
+            loss, measured = self.objective(engine, inputs)
             engine.backward(loss)
             if engine.is_gradient_accumulation_boundary():
                 self.gradients_complete()
@@ -65,15 +69,18 @@ class PlainEngine(Engine):
                     self._clip_gradients()
             engine.step()
             losses.append(loss.detach())
+            figures.append(measured)
+        self.figures = mean_figures(figures, self.mesh)
         return mean_over_data(torch.stack(losses).mean(), self.mesh)
 
     def evaluate(self, batch: GlobalBatch) -> torch.Tensor:
         """See Engine."""
         self.deepspeed.eval()
         with torch.no_grad():
-            losses = [self.deepspeed(*inputs) for inputs in batch.micro_batches]
+            results = [self.objective(self.deepspeed, inputs) for inputs in batch.micro_batches]
         self.deepspeed.train()
-        return mean_over_data(torch.stack(losses).mean(), self.mesh)
+        self.figures = mean_figures([figures for _, figures in results], self.mesh)
+        return mean_over_data(torch.stack([loss for loss, _ in results]).mean(), self.mesh)
 
     @property
     def gradient_norm(self) -> torch.Tensor | float | None:

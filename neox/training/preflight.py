@@ -7,15 +7,22 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.op_builder import AsyncIOBuilder
 
 from neox.checkpoint.open import open_checkpoint
-from neox.checkpoint.weights import check_shape, missing_tensor
+from neox.checkpoint.weights import WeightReader, check_shape, check_vocabulary, missing_tensor
 from neox.config import Config
 from neox.data import build_tokenizer, padded_vocab_size
 from neox.data.build import SPLITS
+from neox.data.completions import completion_sources
 from neox.data.indexed import IndexedDataset
 from neox.errors import ConfigError
 from neox.launch.hosts import has_hostfile
 from neox.model.build import meta_decoder
-from neox.training.run import agreed_schedule, cuda_device_count, load_folder, resumable, with_iterations
+from neox.model.head import is_reward_head
+from neox.training.contract import contract
+from neox.training.deepspeed_settings import check_settings
+from neox.training.objectives.build import check_objective
+from neox.training.origin import load_folder, origin_of
+from neox.training.run import agreed_schedule, cuda_device_count, with_iterations
+from neox.training.uploads import check_store
 
 
 def prepare(config: Config) -> Config:
@@ -30,20 +37,27 @@ def prepare(config: Config) -> Config:
     if not config.optimizer.is_given:
         raise ConfigError('optimizer: missing; training needs one, {"type": "Adam", "params": {"lr": 6.0e-4}} say')
     _check_device(config)
+    if config.parallel.world_size is not None:
+        check_settings(config)
     config = settle_vocabulary(config)
     _open_data(config)
-    folder = load_folder(config)
-    if folder is not None:
-        if not config.checkpoint.finetune:
-            agreed_schedule(with_iterations(config), resumable(folder, config))
-        check_shapes(config, folder)
+    check_store(config.checkpoint)
+    origin = origin_of(config)
+    check_objective(config, origin)
+    if origin is not None:
+        agreed_schedule(with_iterations(config), origin.run)
+        _check_vocabulary(config, origin.weights)
+        check_shapes(config, origin.weights)
     return config
 
 
 def remarks(config: Config) -> list[str]:
     """Lines that whoever starts a run should read once, beyond the configuration's own notices."""
     lines = list(config.notices)
-    if config.checkpoint.load is not None and load_folder(config) is None:
+    origin = origin_of(config)
+    if origin is not None:
+        lines += contract(config, origin.run) if origin.run else [origin.remark] if origin.remark else []
+    elif config.checkpoint.load is not None:
         lines.append(f"load {config.checkpoint.load}: no checkpoint there yet, starting from fresh weights")
     if config.launch.hostfile is not None and not has_hostfile(config):
         lines.append(f"hostfile {config.launch.hostfile}: no such file, starting on this machine alone")
@@ -98,6 +112,13 @@ def settle_vocabulary(config: Config) -> Config:
     )
 
 
+def _check_vocabulary(config: Config, weights: WeightReader) -> None:
+    """See that the checkpoint has a row for each token, where the tokenizer is at hand; training needs none."""
+    vocab_file = config.tokenizer.vocab_file
+    if vocab_file is not None and Path(vocab_file).is_file():
+        check_vocabulary(weights, build_tokenizer(config.tokenizer).vocab_size)
+
+
 def _open_data(config: Config) -> None:
     """Open every file of the data, which checks them."""
     data = config.data
@@ -105,18 +126,22 @@ def _open_data(config: Config) -> None:
     for prefix in [data.data_path, *(path for given in paths for path in given or ())]:
         if prefix:
             IndexedDataset(prefix, data_impl=data.data_impl)
+    for split in SPLITS if config.preference.is_on and config.comparison.dataset_impl != "online" else ():
+        completion_sources(config, split)
     if config.data.eod_mask_loss or config.data.document_masking or config.training.char_level_ppl:
         build_tokenizer(config.tokenizer)
 
 
-def check_shapes(config: Config, folder: Path) -> None:
+def check_shapes(config: Config, weights: WeightReader) -> None:
     """Compare every parameter of the model with the checkpoint's, without reading a tensor.
 
     Raises:
         CheckpointError: naming the first that differs, with both shapes.
     """
-    shapes = open_checkpoint(folder).shapes()
+    shapes = weights.shapes()
     for name, parameter in meta_decoder(config.model).named_parameters():
+        if name not in shapes and is_reward_head(name):
+            continue  # it starts anew
         if name not in shapes:
-            raise missing_tensor(folder, name)
-        check_shape(folder, name, shapes[name], parameter.shape)
+            raise missing_tensor(weights.folder, name)
+        check_shape(weights.folder, name, shapes[name], parameter.shape)

@@ -1,22 +1,17 @@
 """A whole training run in one worker, from the configuration to the last checkpoint."""
 
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 
-from neox.checkpoint.huggingface import is_huggingface
-from neox.checkpoint.lora import check_same_lora, merged
-from neox.checkpoint.manifest import Progress, checkpoint_folder, is_native
-from neox.checkpoint.native import NativeReader
-from neox.checkpoint.open import open_checkpoint
-from neox.checkpoint.weights import weight_source
+from neox.checkpoint.manifest import Progress
+from neox.checkpoint.runs import RunReader
 from neox.config import Config
 from neox.config.ramp import BatchRamp
-from neox.data import BatchLoader, Coordinator, DatasetSplits, build_datasets, build_tokenizer, train_iters_for_epochs
-from neox.errors import CheckpointError
-from neox.model.build import WeightSource, fresh_weights
-from neox.model.lora import with_fresh_factors
+from neox.data import Coordinator, DatasetSplits, build_datasets, build_tokenizer, train_iters_for_epochs
+from neox.data.loader import Batch
+from neox.model.build import WeightSource
 from neox.parallel.mesh import Mesh, build_mesh
 from neox.parallel.rng import seed_dropout
 from neox.training.batches import BatchMaker
@@ -24,13 +19,19 @@ from neox.training.callbacks import Checkpoints, Evaluation, Metrics
 from neox.training.checkpoints import resume_run
 from neox.training.curriculum import curriculum_of
 from neox.training.engine import Engine
+from neox.training.loaders import micro_batches
 from neox.training.loop import Callback, Run, training_loop
 from neox.training.metrics.loggers import MetricLog
 from neox.training.metrics.monitors import monitors
 from neox.training.metrics.profiling import profilers
 from neox.training.metrics.tee import copied_output
+from neox.training.objectives.batches import ScoredBatchMaker
+from neox.training.objectives.build import build_objective, with_fresh_reward_head
+from neox.training.objectives.objective import Objective
+from neox.training.origin import origin_of, weights_of
 from neox.training.plain import PlainEngine
 from neox.training.schedule import LRSchedule
+from neox.training.team import thorough_check
 from neox.training.validation import Evaluator
 
 
@@ -48,7 +49,7 @@ def train(config: Config) -> Progress:
 
 
 def _train(config: Config, mesh: Mesh) -> Progress:
-    data = build_datasets(config, _coordinator(mesh))
+    data = build_datasets(config, _coordinator(mesh), data_rank=mesh.data_rank)
     config = with_iterations(config)
     seed_dropout(config.training.seed, mesh)
     engine, progress, schedule = start_or_resume(config, mesh)
@@ -83,67 +84,30 @@ def start_or_resume(config: Config, mesh: Mesh) -> tuple[Engine, Progress, LRSch
     Raises:
         CheckpointError: if `load` cannot be used as asked.
     """
-    folder = load_folder(config)
-    if folder is None:
-        return build_engine(config, mesh, fresh_weights(config)), Progress(), LRSchedule.from_config(config)
-    if config.checkpoint.finetune:
-        weights = with_fresh_factors(weight_source(merged(open_checkpoint(folder))), seed=config.training.seed)
-        return build_engine(config, mesh, weights), Progress(), LRSchedule.from_config(config)
-    reader = resumable(folder, config)
-    schedule = agreed_schedule(config, reader)
-    engine = build_engine(config, mesh, weight_source(reader))
-    return engine, resume_run(engine, reader), schedule
+    origin = origin_of(config, thorough_check(mesh))
+    run = origin.run if origin else None
+    schedule = agreed_schedule(config, run)
+    weights = with_fresh_reward_head(weights_of(origin, config), config, origin)
+    engine = build_engine(config, mesh, weights, build_objective(config, mesh, origin))
+    return engine, resume_run(engine, run) if run else Progress(), schedule
 
 
-def resumable(folder: Path, config: Config) -> NativeReader:
-    """Open a checkpoint to go on from.
-
-    Raises:
-        CheckpointError: if it is none of this project's, or the run adapts other matrices.
-    """
-    if not is_native(folder):
-        raise CheckpointError(
-            f"load {folder}: only its weights can be used, it is no checkpoint of this project; set finetune: true"
-        )
-    reader = NativeReader(folder)
-    check_same_lora(reader, config.lora)
-    return reader
-
-
-def agreed_schedule(config: Config, reader: NativeReader) -> LRSchedule:
-    """The schedule to go on with: the configuration's, the checkpoint's, or both where they agree."""
-    return LRSchedule.from_config(config).reconcile(
-        reader.manifest.schedule,
+def agreed_schedule(config: Config, run: RunReader | None) -> LRSchedule:
+    """The configuration's schedule, or where a run is taken up its own, or both where they agree."""
+    schedule = LRSchedule.from_config(config)
+    if run is None:
+        return schedule
+    return schedule.reconcile(
+        run.manifest.schedule,
         override_lr_scheduler=config.schedule.override_lr_scheduler,
         use_checkpoint_lr_scheduler=config.schedule.use_checkpoint_lr_scheduler,
     )
 
 
-def load_folder(config: Config) -> Path | None:
-    """The checkpoint that `load` means; None where there is none yet and the run starts from scratch.
-
-    As upstream: a folder without `latest` is not an error, unless `iteration` or `finetune` says that there must be
-    something. That lets the same command start a run and take it up again.
-
-    Raises:
-        CheckpointError: if there must be a checkpoint and is not.
-    """
-    settings = config.checkpoint
-    if settings.load is None:
-        return None
-    root = Path(settings.load)
-    folder = checkpoint_folder(root, settings.iteration)
-    if folder is None and (settings.finetune or is_huggingface(root)):
-        if root.is_dir():
-            return root
-        raise CheckpointError(f"load {root}: no such folder, and finetune: true needs weights to start from")
-    return folder
-
-
-def build_engine(config: Config, mesh: Mesh, source: WeightSource) -> Engine:
-    """The engine that the layout asks for."""
+def build_engine(config: Config, mesh: Mesh, source: WeightSource, objective: Objective | None = None) -> Engine:
+    """The engine that the layout asks for; without an objective it trains on the next token."""
     if config.parallel.pipeline_stages == 1:
-        return PlainEngine(config, mesh, source)
+        return PlainEngine(config, mesh, source, objective)
     from neox.training.pipeline import PipelineEngine
 
     return PipelineEngine(config, mesh, source)
@@ -153,6 +117,14 @@ def batch_maker(config: Config, mesh: Mesh) -> BatchMaker:
     """How a step's batch is made."""
     data = config.data
     end = build_tokenizer(config.tokenizer).eod if data.eod_mask_loss or data.document_masking else None
+    if config.preference.is_on:
+        return ScoredBatchMaker(
+            mesh,
+            config.batch.gradient_accumulation_steps,
+            mask_after=end if data.eod_mask_loss else None,
+            ramp=BatchRamp.from_config(config),
+            mean_over_tokens=config.preference.train_impl == "reinforce",
+        )
     return BatchMaker(
         mesh,
         config.batch.gradient_accumulation_steps,
@@ -163,17 +135,10 @@ def batch_maker(config: Config, mesh: Mesh) -> BatchMaker:
     )
 
 
-def train_loader(config: Config, mesh: Mesh, data: DatasetSplits, consumed: int) -> BatchLoader:
+def train_loader(config: Config, mesh: Mesh, data: DatasetSplits, consumed: int) -> Iterator[Batch]:
     """Micro-batches of this data-parallel rank from the first sample not yet consumed."""
     assert data.train is not None, "there are training data"
-    return BatchLoader(
-        data.train,
-        micro_batch_size=config.batch.train_micro_batch_size_per_gpu,
-        dp_rank=mesh.data_rank,
-        dp_size=mesh.data_size,
-        start=consumed,
-        num_workers=config.data.num_workers,
-    )
+    return micro_batches(data.train, config, mesh, start=consumed, num_workers=config.data.num_workers)
 
 
 def last_iteration(config: Config, start: int) -> int:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from neox.config.deepspeed_schedules import SCHEDULES
 from neox.config.learning_rate import LearningRate
 from neox.errors import CheckpointError
 
@@ -12,9 +13,9 @@ from neox.errors import CheckpointError
 class LRSchedule(LearningRate):
     """A learning rate that can be saved and compared with a saved one."""
 
-    def state_dict(self, iteration: int) -> dict[str, float | int | str]:
-        """Return the six fields that checkpoints hold under upstream's names, and for wsd its two."""
-        state: dict[str, float | int | str] = {
+    def state_dict(self, iteration: int) -> dict[str, Any]:
+        """Return the six fields that checkpoints hold under upstream's names, and those of wsd or of DeepSpeed."""
+        state: dict[str, Any] = {
             "start_lr": self.peak,
             "warmup_iter": self.warmup,
             "num_iters": iteration,
@@ -22,9 +23,7 @@ class LRSchedule(LearningRate):
             "end_iter": self.horizon,
             "min_lr": self.minimum,
         }
-        if self.style == "wsd":
-            state |= {name: getattr(self, attribute) for name, attribute in _WSD_FIELDS.items()}
-        return state
+        return state | {name: getattr(self, attribute) for name, attribute in _fields(self.style).items()}
 
     def reconcile(
         self, saved: Mapping[str, Any], *, override_lr_scheduler: bool, use_checkpoint_lr_scheduler: bool
@@ -61,10 +60,13 @@ _STATE_FIELDS = {
     "min_lr": "minimum",
 }
 _WSD_FIELDS = {"wsd_decay_fraction": "decay_fraction", "wsd_decay_shape": "decay_shape"}
+_DEEPSPEED_FIELDS = {"start_lr": "peak", "decay_style": "style", "scheduler_params": "params"}
 
 
 def _fields(style: Any) -> dict[str, str]:
-    """What is saved of a schedule of this style, by the attribute it is."""
+    """What makes a schedule of this style, by the attribute it is."""
+    if style in SCHEDULES:
+        return _DEEPSPEED_FIELDS
     return _STATE_FIELDS | (_WSD_FIELDS if style == "wsd" else {})
 
 
@@ -75,7 +77,8 @@ def _from_state(saved: Mapping[str, Any]) -> LRSchedule:
         raise CheckpointError(
             f"the checkpoint's learning-rate schedule lacks {', '.join(missing)}: set override_lr_scheduler"
         )
-    return LRSchedule(**{attribute: saved[name] for name, attribute in fields.items()})
+    others = {"minimum": 0.0, "warmup": 0.0, "horizon": saved.get("end_iter", 0)}
+    return LRSchedule(**others | {attribute: saved[name] for name, attribute in fields.items()})
 
 
 def _differences(configured: LRSchedule, saved: LRSchedule) -> list[str]:

@@ -12,14 +12,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import pad
 
-from neox.checkpoint.native import NativeReader, StoredTensor
-from neox.errors import CheckpointError
+from neox.checkpoint.native import StoredTensor
+from neox.checkpoint.runs import MASTER, RunReader
 from neox.parallel.splits import join_shards, split_dimension, take_shard
 from neox.training.engine import Engine
-from neox.training.optimizers.build import ADAMS, state_names
+from neox.training.optimizers.build import state_names
 from neox.training.optimizers.sm3 import SM3
-
-MASTER = "master"
 
 
 def owned_tensors(engine: Engine, *, with_optimizer: bool) -> Iterator[StoredTensor]:
@@ -179,50 +177,48 @@ def optimizer_step(engine: Engine) -> int:
     return 0
 
 
-def restore(engine: Engine, reader: NativeReader, *, with_optimizer: bool) -> None:
-    """Put a checkpoint's fp32 weights, moments and step count into an engine built from its weights.
-
-    Raises:
-        CheckpointError: if optimizer state is wanted and the checkpoint was made by another optimizer or has none.
-    """
+def restore(engine: Engine, reader: RunReader, *, with_optimizer: bool) -> None:
+    """Put a checkpoint's fp32 weights, moments and step count into an engine built from its weights."""
     half = engine.config.model.precision != "fp32"
     if half:
-        for name, parameter in trainable(engine).items():
+        for name, parameter in _held(engine).items():
             key = f"{name}/{MASTER}"
             source = reader.tensor(key) if key in reader else reader.tensor(name)
             _set_state(engine, parameter, MASTER, _share(engine, name, parameter, source))
     if not with_optimizer:
         return
-    _check_optimizer(engine, reader)
-    saved = {key.rpartition("/")[2] for key in reader.manifest.tensors if key.startswith("layers.") and "/" in key}
-    if saved - {MASTER}:  # a checkpoint from before the first update has none; the optimizer then makes its own
+    if _has_stepped(engine, reader):
         _allocate_states(engine, reader.manifest.progress.optimizer_step)
-        for name, parameter in trainable(engine).items():
-            _restore_states(engine, reader, name, parameter)
+        for name, parameter in _held(engine).items():
+            for state in moments_of(engine, name):
+                _set_state(engine, parameter, state, _share(engine, name, parameter, reader.tensor(f"{name}/{state}")))
+        _restore_accumulators(engine, reader)
         if engine.config.optimizer.type == "adam8bit":
             _base_optimizer(engine).pack()  # type: ignore[attr-defined]
             link_states(engine)
 
 
-def _restore_states(engine: Engine, reader: NativeReader, name: str, parameter: nn.Parameter) -> None:
-    for state in moments_of(engine, name):
-        _set_state(engine, parameter, state, _share(engine, name, parameter, reader.tensor(f"{name}/{state}")))
-    for dimension, vector in enumerate(_accumulators(engine, name)):
-        whole = reader.tensor(f"{name}/accumulator_{dimension}")
-        vector.copy_(_share(engine, name, parameter, whole) if dimension == split_dimension(name) else whole)
+def _has_stepped(engine: Engine, reader: RunReader) -> bool:
+    """Whether there are states: a checkpoint from before the first update has none, the optimizer makes its own."""
+    settings = engine.config.optimizer
+    return any(
+        f"{name}/{state}" in reader
+        for name in trainable(engine)
+        for state in (*state_names(settings, name), "accumulator_0")
+    )
 
 
-def _check_optimizer(engine: Engine, reader: NativeReader) -> None:
-    saved, wanted = reader.manifest.optimizer, engine.config.optimizer.type
-    if saved is None:
-        raise CheckpointError(
-            f"{reader.folder}: has no optimizer state; set no_load_optim: true to start with a fresh one"
-        )
-    if saved != wanted and not {saved, wanted} <= set(ADAMS):
-        raise CheckpointError(
-            f"{reader.folder}: was trained with optimizer {saved}, the configuration asks for {wanted}; "
-            "set no_load_optim: true to start with a fresh one"
-        )
+def _held(engine: Engine) -> dict[str, nn.Parameter]:
+    """The parameters of which this rank updates a part: under ZeRO 1 and 2 few, so that few are read."""
+    return {name: p for name, p in trainable(engine).items() if getattr(p, "_hp_mapping", p) is not None}
+
+
+def _restore_accumulators(engine: Engine, reader: RunReader) -> None:
+    """SM3's, which every rank has of every parameter."""
+    for name, parameter in trainable(engine).items():
+        for dimension, vector in enumerate(_accumulators(engine, name)):
+            whole = reader.tensor(f"{name}/accumulator_{dimension}")
+            vector.copy_(_share(engine, name, parameter, whole) if dimension == split_dimension(name) else whole)
 
 
 def _share(engine: Engine, name: str, parameter: nn.Parameter, whole: torch.Tensor) -> torch.Tensor:

@@ -1,16 +1,19 @@
 """Loss on held-out data while a model trains."""
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from neox.config import Config
-from neox.data import BatchLoader, Tokenizer
+from neox.data import Tokenizer
 from neox.data.blending import SampleSource
+from neox.data.online import OnlineDataset
 from neox.training.batches import BatchMaker, GlobalBatch
 from neox.training.engine import Engine
+from neox.training.loaders import micro_batches
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Evaluator:
     """
 
     engine: Engine
-    dataset: SampleSource
+    dataset: SampleSource | OnlineDataset
     batches: BatchMaker
     tokenizer: Tokenizer | None = None
 
@@ -34,25 +37,25 @@ class Evaluator:
 
         Returns:
             `lm_loss`, nats per token over all unmasked tokens of all batches; `lm_loss_ppl`, its exponential; and
-            where asked for `lm_loss_char_lvl_ppl`, exp(lm_loss x tokens / characters).
+            where asked for `lm_loss_char_lvl_ppl`, exp(lm_loss x tokens / characters). Of another objective (see
+            `train_impl`) its loss, and means of what it measures.
         """
         config, mesh = self.engine.config, self.engine.mesh
         per_evaluation = config.training.eval_iters * config.batch.train_batch_size
-        loader = BatchLoader(
-            self.dataset,
-            micro_batch_size=config.batch.train_micro_batch_size_per_gpu,
-            dp_rank=mesh.data_rank,
-            dp_size=mesh.data_size,
-            start=number * per_evaluation,
-        )
+        loader = micro_batches(self.dataset, config, mesh, start=number * per_evaluation)
         loss = torch.zeros((), device=mesh.device)
+        measured: defaultdict[str, torch.Tensor] = defaultdict(lambda: torch.zeros_like(loss))
         tokens, characters = torch.zeros_like(loss), torch.zeros_like(loss)
         for _ in range(config.training.eval_iters):
             batch = self.batches.next(loader)
             loss += self.engine.evaluate(batch) * batch.token_count
+            for name, value in self.engine.figures.items():
+                measured[name] += value / config.training.eval_iters
             tokens += batch.token_count
             characters += self._characters(batch)
         mean = float(loss / tokens.clamp(min=1.0))
+        if config.preference.is_on:  # no perplexity then
+            return {"lm_loss": mean} | {name: float(value) for name, value in measured.items()}
         figures = {"lm_loss": mean, "lm_loss_ppl": perplexity(mean)}
         if self.tokenizer is not None:
             figures["lm_loss_char_lvl_ppl"] = perplexity(float(loss / characters.clamp(min=1.0)))
@@ -64,7 +67,7 @@ class Evaluator:
         count = torch.zeros((), device=mesh.device)
         if self.tokenizer is None:
             return count
-        for _, targets, _ in batch.micro_batches:
+        for _, targets, *_ in batch.micro_batches:
             for labels, weights in zip(targets.labels_BS, targets.weights_BS, strict=True):
                 count += len(self.tokenizer.detokenize(labels[weights > 0].tolist()))
         if mesh.data_size > 1:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from neox.checkpoint.commit import prune_checkpoints
 from neox.checkpoint.manifest import Layout, Manifest, Progress, checkpoint_folder
-from neox.checkpoint.native import NativeReader, StoredTensor, Team, prune_checkpoints, write_checkpoint
+from neox.checkpoint.native import NativeReader, StoredTensor, Team, write_checkpoint
 from neox.checkpoint.weights import weight_source
 from neox.errors import CheckpointError
 
@@ -58,7 +59,9 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert all(path.stat().st_mode & 0o044 for path in folder.rglob("*.safetensors"))
 
 
-@pytest.mark.parametrize("failing", ["save_file", "write_whole", "flush"])
+@pytest.mark.parametrize(
+    "failing", ["native.TensorFileWriter", "native.write_whole", "commit.flush", "commit.write_whole"]
+)
 def test_a_failed_save_leaves_the_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
@@ -67,7 +70,7 @@ def test_a_failed_save_leaves_the_last_checkpoint(
     def fail(*args: object, **kwargs: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(f"neox.checkpoint.native.{failing}", fail)
+    monkeypatch.setattr(f"neox.checkpoint.{failing}", fail)
     with pytest.raises(CheckpointError, match="disk full"):
         save(tmp_path, 2)
     monkeypatch.undo()

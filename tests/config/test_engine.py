@@ -155,10 +155,19 @@ def test_a_log_of_communication_that_is_off_is_not_there() -> None:
             "zero_optimization.zero_hpz_partition_size: 2 needs model_parallel_size 1, got 2; remove one of them",
         ),
         ({"data_types": {"grad_accum_dtype": "int8"}}, "data_types.grad_accum_dtype: expected 'fp32' or 'fp16' or"),
-        ({"amp": {"enabled": True}}, "amp: {'enabled': True} is not supported yet (Mixed precision by apex; set"),
-        ({"elasticity": {"enabled": True}}, "elasticity: {'enabled': True} is not supported yet (DeepSpeed's elastic"),
+        (
+            {"deepspeed_extra_args": {"ssh_port": 22}},
+            "deepspeed_extra_args.ssh_port: is no setting of the engine; give",
+        ),
+        (
+            {"deepspeed_extra_args": {"gradient_allreduceop": "sum"}},
+            "deepspeed_extra_args.gradient_allreduceop: DeepSpeed knows no such key; did you mean",
+        ),
+        (
+            {"deepspeed_extra_args": {"scheduler": {"type": "WarmupLR"}}},
+            "deepspeed_extra_args.scheduler: is a key of its own; set scheduler beside deepspeed_extra_args",
+        ),
         ({"autotuning_run": "tune"}, "autotuning_run: 'tune' is not supported yet (DeepSpeed's autotuner; compare"),
-        ({"scheduler": {"type": "WarmupLR"}}, "scheduler: {'type': 'WarmupLR'} is not supported yet"),
         ({"profile": True, "profile_step_stop": 10}, "profile_step_stop: 10 is not after profile_step_start 10"),
     ],
 )

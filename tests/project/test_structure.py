@@ -19,6 +19,7 @@ SCRIPTS = ("train.py", "generate.py", "evaluate.py")
 LEVELS = {
     "errors": 0,
     "files": 1,
+    "versions": 1,
     "config": 1,
     "launch": 2,
     "kernels": 2,

@@ -16,10 +16,10 @@ from neox.config import Config, config_from_dict
 from neox.data import build_datasets
 from neox.errors import ConfigError
 from neox.parallel.mesh import Mesh, build_mesh
-from neox.training.checkpoints import save_run
 from neox.training.loop import Run, training_loop
 from neox.training.optimizers.build import build_optimizer, parameter_groups
 from neox.training.run import batch_maker, start_or_resume, train_loader
+from neox.training.saving import Saver
 from neox.training.state import owned_tensors
 
 GOLDEN = json.loads((Path(__file__).resolve().parents[1] / "data" / "optimizers.json").read_text())
@@ -90,7 +90,7 @@ RESUMED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 STEPS, SAVED = 4, 2
 
 
-class Saver(Recorder):
+class SavingRecorder(Recorder):
     """Saves after SAVED steps."""
 
     schedule: Any = None
@@ -98,7 +98,7 @@ class Saver(Recorder):
     def after_step(self, step: Any) -> None:
         super().after_step(step)
         if step.progress.iteration == SAVED:
-            save_run(self.engine, step.progress, self.schedule)
+            Saver(self.engine, self.schedule).save(step.progress)
 
 
 def whole_and_resumed(flats: dict[str, dict[str, Any]], world_size: int) -> dict[str, tuple[bool, float, float]]:

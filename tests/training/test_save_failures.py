@@ -37,7 +37,8 @@ def train_with_a_full_disk(flat: dict[str, Any], world_size: int, failing_rank: 
 
 
 @pytest.mark.parametrize(
-    ("failing_rank", "failing_step"), [(1, "save_file"), (0, "save_file"), (0, "write_whole"), (0, "_fresh_folder")]
+    ("failing_rank", "failing_step"),
+    [(1, "TensorFileWriter"), (0, "TensorFileWriter"), (0, "write_whole"), (0, "begin")],
 )
 def test_a_full_disk_is_one_line_on_every_rank(
     tmp_path: Path, corpus: str, failing_rank: int, failing_step: str

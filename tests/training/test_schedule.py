@@ -127,7 +127,9 @@ WSD = {"wsd_decay_fraction": 0.1, "wsd_decay_shape": "1-sqrt"}
 
 
 def config(**changes):
-    section = SimpleNamespace(min_lr=1e-5, lr_decay_style="linear", warmup=0.01, lr_decay_iters=400, **WSD)
+    section = SimpleNamespace(
+        min_lr=1e-5, lr_decay_style="linear", warmup=0.01, lr_decay_iters=400, scheduler=None, **WSD
+    )
     vars(section).update(changes)
     return SimpleNamespace(optimizer=SimpleNamespace(lr=1e-3), schedule=section)
 

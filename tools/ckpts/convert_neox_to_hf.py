@@ -1,6 +1,6 @@
 """Export a checkpoint, ours or upstream GPT-NeoX's, to Hugging Face's format.
 
-python tools/ckpts/convert_neox_to_hf.py --input_dir RUN/global_step1000 --config_file model.yml --output_dir out
+python tools/ckpts/convert_neox_to_hf.py --input_dir RUN/global_step1000 --output_dir out --precision bf16
 """
 
 import argparse
@@ -9,51 +9,34 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from neox.checkpoint.convert import largest_logit_difference
-from neox.checkpoint.huggingface import FAMILIES, export_huggingface, family_of
-from neox.checkpoint.lora import merged
-from neox.checkpoint.open import open_checkpoint
-from neox.checkpoint.tokenizer_files import export_tokenizer
-from neox.config import load_config
+from neox.checkpoint.described import open_described
+from neox.checkpoint.export import Export, export
+from neox.checkpoint.huggingface import FAMILIES
 from neox.launch.main import script_main
-from neox.model.build import DTYPES
 
 
 def main(arguments: list[str]) -> None:
     """Export, and compare with transformers."""
     options = _parse(arguments)
-    config = load_config(options.config_file)
-    weights = merged(open_checkpoint(options.input_dir, gpt_j_residual=config.model.gpt_j_residual))
-    model = config.with_vocabulary(weights.padded_vocab_size).model
-    precision = {"auto": model.precision, "bf16": "bfloat16"}.get(options.precision, options.precision)
-    tokenizer = None
-    if not options.no_save_tokenizer:
-        tokenizer = export_tokenizer(
-            config.tokenizer,
-            from_huggingface=options.vocab_is_hf_tokenizer,
-            pad_token_id=options.pad_token_id,
-            model_max_length=model.max_position_embeddings,
-        )
-    family = family_of(model, options.architecture)
-    export_huggingface(
-        weights,
-        model,
-        options.output_dir,
-        dtype=DTYPES[precision],
-        architecture=family.name,
-        tokenizer=tokenizer,
+    weights, config = open_described(options.input_dir, options.config_file)
+    asked = Export(
+        precision=options.precision,
+        architecture=options.architecture,
+        save_tokenizer=not options.no_save_tokenizer,
+        tokenizer_is_huggingface=options.vocab_is_hf_tokenizer,
+        pad_token_id=options.pad_token_id,
+        check=options.check,
+        dry_run=options.dry_run,
     )
-    print(f"{options.output_dir}: {weights.folder} as {family.architecture} in {precision}")
-    if options.check:
-        difference = largest_logit_difference(options.output_dir, weights, model, dtype=DTYPES[precision])
-        print(f"largest logit difference to transformers: {difference:.3g}")
+    for line in export(weights, config, options.output_dir, asked):
+        print(line)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--input_dir", type=Path, required=True, help="a global_step<N> folder, or a folder with `latest`")
-    add("--config_file", nargs="+", required=True, help="configuration of the training run")
+    add("--input_dir", type=Path, required=True, help="a checkpoint of any known format, or a folder with `latest`")
+    add("--config_file", nargs="+", default=(), help="configuration of the training run; default: the checkpoint's own")
     add("--output_dir", type=Path, required=True, help="folder to make")
     add("--precision", choices=("auto", "fp16", "bf16", "fp32"), default="auto", help="auto: the run's")
     add("--no_save_tokenizer", action="store_true", help="leave the tokenizer out")
@@ -61,6 +44,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add("--pad-token-id", type=int, help="padding token, if the tokenizer's is wrong")
     add("--architecture", choices=tuple(FAMILIES), help="class in transformers; default: the one that fits")
     add("--check", action=argparse.BooleanOptionalAction, default=True, help="compare with transformers")
+    add("--dry-run", action="store_true", help="list the files with the bytes of their weights, and write nothing")
     return parser.parse_args(arguments)
 
 

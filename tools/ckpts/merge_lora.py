@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from neox.checkpoint.convert import write_native
+from neox.checkpoint.convert import native_files, write_native
 from neox.checkpoint.lora import MergedWeights, merged
 from neox.checkpoint.open import open_checkpoint
 from neox.config import config_from_dict, load_config
@@ -24,12 +24,17 @@ def main(arguments: list[str]) -> None:
     add("--input_dir", type=Path, required=True, help="a global_step<N> folder, or a folder with `latest`")
     add("--config_file", nargs="+", required=True, help="configuration of the training run")
     add("--output_dir", type=Path, required=True, help="folder of checkpoints; gets global_step0 and latest")
+    add("--dry-run", action="store_true", help="list the files with the bytes of their weights, and write nothing")
     options = parser.parse_args(arguments)
     weights = merged(open_checkpoint(options.input_dir))
     if not isinstance(weights, MergedWeights):
         raise CheckpointError(f"{weights.folder}: has no LoRA factors, so there is nothing to merge")
     keys = load_config(options.config_file).to_flat() | {"lora": None}
     config = config_from_dict(keys, world_size=None).with_vocabulary(weights.padded_vocab_size)
+    if options.dry_run:
+        print(*(f"{size:>16,}  {name}" for name, size in native_files(config.model).items()), sep="\n")
+        print(f"would write {options.output_dir / 'global_step0'}: {weights.folder} in {config.model.precision}")
+        return
     folder = write_native(weights, config, options.output_dir)
     print(f"{folder}: {weights.folder} with its factors merged, in {config.model.precision}")
 

@@ -1,27 +1,117 @@
-"""Export to a folder that `transformers` opens; a file of weights at a time."""
+"""Export to a folder that `transformers` opens; a tensor at a time."""
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from neox.checkpoint.huggingface.detect import family_of
 from neox.checkpoint.huggingface.family import Family
+from neox.checkpoint.huggingface.files import INDEX, SINGLE
 from neox.checkpoint.native import DTYPE_NAMES
+from neox.checkpoint.progress import progress_bar
+from neox.checkpoint.tensor_file import TensorFileWriter
 from neox.checkpoint.tokenizer_files import ExportedTokenizer
+from neox.checkpoint.weight_map import weight_map
 from neox.checkpoint.weights import WeightReader, weight_source
+from neox.checkpoint.whole_folder import check_free, whole_folder
 from neox.config import ModelConfig
-from neox.errors import CheckpointError
-from neox.model.build import meta_decoder
 
 SHARD_BYTES = 5 * 10**9
 """Largest file of weights, as transformers writes them."""
 
-INDEX = "model.safetensors.index.json"
+CARD = "README.md"
+
+
+class HuggingFaceWriter:
+    """Writes a folder that `transformers` opens, as the class that has the model's formula.
+
+    Args:
+        config: the model.
+        dtype: type of the exported weights.
+        architecture: the family, by a name in `detect.FAMILIES`; None for the first that can express the model.
+        max_shard_bytes: bound on the size of a file, exceeded only by a single tensor larger than it.
+
+    Attributes:
+        family: the class of transformers.
+
+    Raises:
+        CheckpointError: no class, or not the one named, can express the model.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype,
+        architecture: str | None = None,
+        max_shard_bytes: int = SHARD_BYTES,
+    ) -> None:
+        self.family: Family = family_of(config, architecture)
+        self._config = config
+        self._dtype = dtype
+        self._shapes = {name: tensor.shape for name, tensor in weight_map(config).items()}
+        self._plan = plan_files(self._shapes, bytes_per_number=dtype.itemsize, max_shard_bytes=max_shard_bytes)
+
+    def files(self) -> dict[str, int]:
+        """Bytes of the tensors of each file of weights."""
+        return {file: sum(self._bytes(name) for name in names) for file, names in self._plan.items()}
+
+    def write(
+        self, weights: WeightReader, out: Path, *, tokenizer: ExportedTokenizer | None = None, card: str | None = None
+    ) -> None:
+        """Write the folder, which appears under its name only when it is whole; each tensor is read once.
+
+        Args:
+            weights: the trained weights.
+            out: the folder to make; it must not exist, or be empty.
+            tokenizer: files and special tokens; None leaves them out.
+            card: text of the model card.
+
+        Raises:
+            CheckpointError: the weights do not fit the model, or `out` has files in it.
+        """
+        check_free(out)
+        with whole_folder(out) as folder:
+            self._write_weights(weights, folder)
+            tokens = dict(tokenizer.token_ids) if tokenizer else {"bos_token_id": None, "eos_token_id": None}
+            content = self.family.config_json(self._config, dtype=DTYPE_NAMES[self._dtype], tokens=tokens)
+            _write_json(folder / "config.json", content)
+            _write_json(folder / "generation_config.json", generation_settings(tokens))
+            texts = dict(tokenizer.files) if tokenizer else {}
+            for name, text in (texts | ({} if card is None else {CARD: card})).items():
+                (folder / name).write_text(text, encoding="utf-8")
+
+    def _write_weights(self, weights: WeightReader, folder: Path) -> None:
+        entries: dict[str, str] = {}
+        read = weight_source(weights)
+        names = progress_bar(self._shapes, {name: self._bytes(name) for name in self._shapes}, "writing")
+        for file, ours in self._plan.items():
+            announced: dict[str, torch.Tensor] = {}
+            for name in ours:
+                announced |= self._theirs(name, torch.empty(self._shapes[name], device="meta"))
+            described = {name: (self._dtype, tensor.shape) for name, tensor in announced.items()}
+            with TensorFileWriter(folder / file, described, metadata={"format": "pt"}) as writer:
+                for name in ours:
+                    assert next(names) == name, "files follow the order of the map"
+                    parts = self._theirs(name, read(name, self._shapes[name]))
+                    while parts:  # a part is gone before the next is converted
+                        theirs = next(iter(parts))
+                        writer.write(theirs, parts.pop(theirs).to(self._dtype))
+            entries |= dict.fromkeys(announced, file)
+        next(names, None)  # ends the bar
+        if len(self._plan) > 1:
+            _write_json(folder / INDEX, {"metadata": {"total_size": sum(self.files().values())}, "weight_map": entries})
+
+    def _theirs(self, name: str, ours: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Their tensors for one of ours, by their names."""
+        theirs, layout = self.family.locate(name, self._config)
+        return dict(zip(theirs, layout.split(ours), strict=True))
+
+    def _bytes(self, name: str) -> int:
+        return self._shapes[name].numel() * self._dtype.itemsize
 
 
 def export_huggingface(
@@ -32,75 +122,17 @@ def export_huggingface(
     dtype: torch.dtype,
     architecture: str | None = None,
     tokenizer: ExportedTokenizer | None = None,
+    card: str | None = None,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a folder that `transformers` opens, as the class that has the model's formula.
-
-    The folder appears under its name only when it is whole. One file of weights is in memory at a time.
-
-    Args:
-        weights: the trained weights.
-        config: the model they belong to.
-        out: the folder to make; it must not exist, or be empty.
-        dtype: type of the exported weights.
-        architecture: the family, by a name in `detect.FAMILIES`; None for the first that can express the model.
-        tokenizer: files and special tokens; None leaves them out.
-        max_shard_bytes: bound on the size of a file, exceeded only by a single tensor larger than it.
-
-    Raises:
-        CheckpointError: no class, or not the one named, can express the model; the weights do not fit it; or `out`
-            has files in it.
-    """
-    family = family_of(config, architecture)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out}: exists already; name a new folder, or remove it")
-    temporary = out.with_name(f".{out.name}.incomplete")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        _write_weights(weights, config, family, temporary, dtype=dtype, max_shard_bytes=max_shard_bytes)
-        tokens = dict(tokenizer.token_ids) if tokenizer else {"bos_token_id": None, "eos_token_id": None}
-        content = family.config_json(config, dtype=DTYPE_NAMES[dtype], tokens=tokens)
-        _write_json(temporary / "config.json", content)
-        _write_json(temporary / "generation_config.json", {"_from_model_config": True, **tokens})
-        for name, text in (tokenizer.files if tokenizer else {}).items():
-            (temporary / name).write_text(text, encoding="utf-8")
-        for file in temporary.iterdir():
-            file.chmod(0o644)  # safetensors makes files that nobody else on a cluster could read
-        if out.exists():
-            out.rmdir()
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    """Write a folder in one call; see HuggingFaceWriter."""
+    writer = HuggingFaceWriter(config, dtype=dtype, architecture=architecture, max_shard_bytes=max_shard_bytes)
+    writer.write(weights, out, tokenizer=tokenizer, card=card)
 
 
-def _write_weights(
-    weights: WeightReader,
-    config: ModelConfig,
-    family: Family,
-    folder: Path,
-    *,
-    dtype: torch.dtype,
-    max_shard_bytes: int,
-) -> None:
-    shapes = {name: parameter.shape for name, parameter in meta_decoder(config).named_parameters()}
-    files = plan_files(shapes, bytes_per_number=dtype.itemsize, max_shard_bytes=max_shard_bytes)
-    entries: dict[str, str] = {}
-    read = weight_source(weights)
-    for file, names in files.items():
-        tensors: dict[str, torch.Tensor] = {}
-        for ours in names:
-            theirs, layout = family.locate(ours, config)
-            tensors |= zip(theirs, layout.split(read(ours, shapes[ours])), strict=True)
-        save_file(
-            {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()},
-            folder / file,
-            metadata={"format": "pt"},
-        )
-        entries |= dict.fromkeys(tensors, file)
-    if len(files) > 1:
-        total = sum(shape.numel() for shape in shapes.values()) * dtype.itemsize
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": entries})
+def generation_settings(tokens: Mapping[str, int | None]) -> dict[str, Any]:
+    """What `generate` of transformers does if told nothing: the likeliest token, until the end of a document."""
+    return {**{key: number for key, number in tokens.items() if number is not None}, "do_sample": False}
 
 
 def plan_files(
@@ -117,7 +149,7 @@ def plan_files(
         groups[-1].append(name)
         filled += size
     if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
+        return {SINGLE: groups[0]}
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, start=1)}
 
 

@@ -1,0 +1,81 @@
+"""What model a checkpoint holds, as it says itself: the flat keys of the architecture, from every format."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from neox.checkpoint.lora import MergedWeights
+from neox.checkpoint.native import NativeReader
+from neox.checkpoint.upstream import UpstreamReader
+from neox.checkpoint.weights import WeightReader
+from neox.config import ModelConfig, config_from_dict
+from neox.config.model import OTHER_KEYS
+from neox.config.schema import places
+from neox.config.yaml_files import merge, normalise_key, problems_of
+from neox.errors import CheckpointError, ConfigError
+
+TYPE_SECTIONS = ("fp16", "bf16")
+"""Keys of the engine from which `precision` follows where it is not set."""
+
+
+@runtime_checkable
+class Described(Protocol):
+    """A reader of a format that holds the architecture in a form of its own."""
+
+    def config_keys(self) -> dict[str, Any]:
+        """Flat YAML keys of the model."""
+        ...
+
+
+def model_config_of(reader: WeightReader) -> ModelConfig:
+    """Resolve the model that a checkpoint says it holds.
+
+    Raises:
+        CheckpointError: it says nothing, or what no model can be built from.
+    """
+    keys = saved_keys(reader)
+    if not keys:
+        raise CheckpointError(
+            f"{reader.folder}: holds no configuration of its model; give the one of the training run (--config_file)"
+        )
+    sizes = {"padded_vocab_size": reader.padded_vocab_size, "train_micro_batch_size_per_gpu": 1}
+    try:
+        return config_from_dict({"num_layers": blocks_of(reader)} | keys | sizes, world_size=None).model
+    except ConfigError as error:
+        problems = "; ".join(str(error).splitlines())
+        raise CheckpointError(f"{reader.folder}: no model can be built from its configuration: {problems}") from None
+
+
+def saved_keys(reader: WeightReader) -> dict[str, Any]:
+    """Flat keys of the model as a checkpoint describes itself; empty where it does not."""
+    if isinstance(reader, MergedWeights):
+        return saved_keys(reader.reader)
+    if isinstance(reader, NativeReader):
+        return _of_model(reader.manifest.config)
+    if isinstance(reader, UpstreamReader):
+        folder = reader.folder
+        beside = sorted((folder / "configs").glob("*.yml")) or sorted((folder.parent / "configs").glob("*.yml"))
+        return keys_of_files(beside)
+    return _of_model(reader.config_keys()) if isinstance(reader, Described) else {}
+
+
+def keys_of_files(paths: Sequence[Path]) -> dict[str, Any]:
+    """Keys of the model in YAML files, without those of the run around it.
+
+    Raises:
+        ConfigError: a file is no YAML, or two contradict each other.
+    """
+    merged = merge(paths, ())
+    problems_of(merged).raise_any()
+    return _of_model(merged.values)
+
+
+def _of_model(flat: dict[str, Any]) -> dict[str, Any]:
+    """The keys that shape a model; those that cannot be honoured stay, to be refused by name."""
+    known = {place.key for place in places("model")} | {key.name for key in OTHER_KEYS} | set(TYPE_SECTIONS)
+    return {key: value for key, value in flat.items() if normalise_key(key) in known}
+
+
+def blocks_of(reader: WeightReader) -> int:
+    """Number of transformer blocks, by the names of the tensors; some runs of GPT-NeoX did not save it."""
+    return sum(name.endswith("attention.dense.weight") for name in reader.names())

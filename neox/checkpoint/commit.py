@@ -1,0 +1,83 @@
+"""Folders of checkpoints: how one comes to be there whole, and how it goes.
+
+At each moment `latest` names a folder that is whole, or one whose predecessor `checkpoint_folder` finds beside it.
+"""
+
+import shutil
+from pathlib import Path
+
+from neox.checkpoint.manifest import LATEST, MANIFEST
+from neox.files import flush, write_whole
+
+INCOMPLETE, REPLACED, DELETED = "incomplete", "replaced", "deleted"
+
+
+def begin(final: Path) -> Path:
+    """Make the folder that `final` is to be written in, and clear away what a killed run left beside it.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    root = final.parent
+    _make_folder(root)
+    for replaced in root.glob(f".global_step*.{REPLACED}"):
+        original = _original(replaced)
+        if not original.exists():
+            replaced.rename(original)  # killed between the two renames of `commit`
+    for remains in (INCOMPLETE, REPLACED, DELETED):
+        for folder in root.glob(f".global_step*.{remains}"):
+            shutil.rmtree(folder, ignore_errors=True)
+    for text in root.glob(f".{LATEST}.*"):  # where `write_whole` was killed
+        text.unlink(missing_ok=True)
+    temporary = _hidden(final, INCOMPLETE)
+    (temporary / "configs").mkdir(parents=True)
+    return temporary
+
+
+def commit(temporary: Path, final: Path) -> None:
+    """Give a folder whose files are all on the disk its name, then move `latest`.
+
+    Raises:
+        OSError: the disk fails; `latest` still names what it did.
+    """
+    for folder in (temporary / "configs", temporary):
+        flush(folder)
+    replaced = _hidden(final, REPLACED)
+    if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+    temporary.rename(final)
+    flush(final.parent)
+    write_whole(final.parent / LATEST, final.name)
+    flush(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def prune_checkpoints(root: Path, keep: int) -> None:
+    """Delete all but the last `keep` checkpoints written, never the one `latest` names.
+
+    By time and not by number: a run that went back to an earlier iteration leaves higher numbers behind.
+    """
+    named = (root / LATEST).read_text().strip() if (root / LATEST).is_file() else ""
+    manifests = sorted(root.glob(f"global_step*/{MANIFEST}"), key=lambda path: path.stat().st_mtime_ns)
+    for path in manifests[:-keep]:
+        if path.parent.name != named:
+            doomed = _hidden(path.parent, DELETED)  # so that a kill leaves no half checkpoint under its name
+            path.parent.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _hidden(folder: Path, state: str) -> Path:
+    return folder.with_name(f".{folder.name}.{state}")
+
+
+def _original(hidden: Path) -> Path:
+    return hidden.with_name(hidden.name.removeprefix(".").rpartition(".")[0])
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder and those above it; their names survive a power cut."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        flush(path.parent)

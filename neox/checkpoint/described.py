@@ -1,0 +1,90 @@
+"""A checkpoint together with the configuration that belongs to it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from neox.checkpoint.architecture import TYPE_SECTIONS, Described, blocks_of
+from neox.checkpoint.lora import MergedWeights, merged
+from neox.checkpoint.manifest import Progress
+from neox.checkpoint.native import NativeReader
+from neox.checkpoint.open import open_checkpoint
+from neox.checkpoint.upstream import UpstreamReader
+from neox.checkpoint.weights import WeightReader
+from neox.config import Config, config_from_dict, load_config
+from neox.config.schema import places
+from neox.config.yaml_files import merge, normalise_key, problems_of
+from neox.errors import CheckpointError, ConfigError
+
+SECTIONS = ("model", "tokenizer", "data")
+"""What is taken from files that GPT-NeoX saved beside its weights: the rest of them is about a run that is over."""
+
+
+def open_described(folder: Path, config_files: Sequence[str | Path] = ()) -> tuple[WeightReader, Config]:
+    """Open a checkpoint of any format, LoRA's factors merged, and resolve its configuration.
+
+    Args:
+        folder: see `open_checkpoint`.
+        config_files: configuration of the training run; absent: what the checkpoint says of itself.
+
+    Returns:
+        The weights, and the configuration with its vocabulary settled.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it does not say what it is.
+        ConfigError: the configuration is wrong.
+    """
+    given = load_config(config_files) if config_files else None
+    weights = merged(open_checkpoint(folder, gpt_j_residual=given.model.gpt_j_residual if given else None))
+    if given is not None:
+        return weights, given.with_vocabulary(weights.padded_vocab_size)
+    keys = saved_config(weights)
+    if not keys:
+        raise CheckpointError(
+            f"{weights.folder}: holds no configuration of its model; give the one of the training run (--config_file)"
+        )
+    counted = {"num_layers": blocks_of(weights), "train_micro_batch_size_per_gpu": 1}
+    sizes = {"padded_vocab_size": weights.padded_vocab_size}
+    try:
+        return weights, config_from_dict(counted | keys | sizes, world_size=None)
+    except ConfigError as error:
+        problems = "; ".join(str(error).splitlines())
+        raise CheckpointError(f"{weights.folder}: no model can be built from its configuration: {problems}") from None
+
+
+def saved_config(reader: WeightReader) -> dict[str, Any]:
+    """Flat keys that a checkpoint holds of itself; empty where it holds none."""
+    if isinstance(reader, MergedWeights):
+        return saved_config(reader.reader) | {"lora": None}
+    if isinstance(reader, NativeReader):
+        return dict(reader.manifest.config)
+    if isinstance(reader, UpstreamReader):
+        return _upstream_keys(reader.folder)
+    return described_keys(reader) if isinstance(reader, Described) else {}
+
+
+def described_keys(reader: Described) -> dict[str, Any]:
+    """Flat keys of a model in a format of its own, and of the tokenizer beside it."""
+    keys = reader.config_keys()
+    folder = getattr(reader, "folder", None)
+    tokenizer = Path(folder) / "tokenizer.json" if folder is not None else None
+    if tokenizer is not None and tokenizer.is_file():
+        keys |= {"tokenizer_type": "HFTokenizer", "vocab_file": str(tokenizer.resolve())}
+    return keys
+
+
+def progress_of(reader: WeightReader) -> Progress:
+    """How far the run of a checkpoint had come; at the start for formats that do not tell."""
+    if isinstance(reader, MergedWeights):
+        return progress_of(reader.reader)
+    if isinstance(reader, NativeReader):
+        return reader.manifest.progress
+    return Progress(iteration=reader.iteration) if isinstance(reader, UpstreamReader) else Progress()
+
+
+def _upstream_keys(folder: Path) -> dict[str, Any]:
+    beside = sorted((folder / "configs").glob("*.yml")) or sorted((folder.parent / "configs").glob("*.yml"))
+    contents = merge(beside, ())
+    problems_of(contents).raise_any()
+    known = {place.key for section in SECTIONS for place in places(section)} | set(TYPE_SECTIONS)
+    return {key: value for key, value in contents.values.items() if normalise_key(key) in known}

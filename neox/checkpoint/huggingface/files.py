@@ -1,0 +1,105 @@
+"""Files of a folder that `transformers` opens: weights in safetensors or pickled, whole or in parts, and JSON."""
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from neox.checkpoint.tensor_file import TensorFile
+from neox.checkpoint.torch_file import LazyTensor, TorchFile
+from neox.errors import CheckpointError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+
+class WeightFile(Protocol):
+    """A file of tensors by name, each read when asked for."""
+
+    path: Path
+
+    def names(self) -> list[str]:
+        """Names of the tensors."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it."""
+        ...
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read a tensor on the CPU."""
+        ...
+
+
+class _Safetensors:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = TensorFile(path)
+
+    def names(self) -> list[str]:
+        return self._file.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        if name not in self._file:
+            raise _missing(self.path, name)
+        return self._file.entries[name].shape
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self._file.tensor(name)
+
+
+class _Pickled:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        content = TorchFile(path).content
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{path}: holds no tensors by name; copy the whole folder")
+        self._tensors: dict[str, LazyTensor | torch.Tensor] = content
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._find(name).shape)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        found = self._find(name)
+        return found.read() if isinstance(found, LazyTensor) else found
+
+    def _find(self, name: str) -> LazyTensor | torch.Tensor:
+        if name not in self._tensors:
+            raise _missing(self.path, name)
+        return self._tensors[name]
+
+
+def _missing(path: Path, name: str) -> CheckpointError:
+    return CheckpointError(f"{path}: has no tensor {name}; copy it again")
+
+
+def open_weights(path: Path) -> WeightFile:
+    """Open a file of weights in either format, by its name.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; copy the whole folder")
+    return _Safetensors(path) if path.suffix == ".safetensors" else _Pickled(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        CheckpointError: it is missing, or something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; is this the folder of a Hugging Face model?") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error}); copy it again") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds no JSON object; copy it again")
+    return content

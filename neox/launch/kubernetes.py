@@ -1,0 +1,139 @@
+"""Kubernetes manifests: one pod a host, each told its number, each starting its own ranks.
+
+JobSet (https://jobset.sigs.k8s.io) numbers the pods and gives the first a name; PyTorchJob (Kubeflow) does so through
+torchrun's PET_ variables. Both are read by `neox.launch.node`.
+"""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from neox.errors import LaunchError
+from neox.launch.variables import DEFAULT_MASTER_PORT
+
+GRACE_SECONDS = 300
+"""Between SIGTERM and SIGKILL: time to save a checkpoint."""
+
+_POD_NUMBER = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
+
+
+@dataclass(frozen=True)
+class Pods:
+    """What a manifest asks of Kubernetes.
+
+    Attributes:
+        name: of the job, in Kubernetes' spelling.
+        nodes, gpus_per_node: pods, and GPUs of each.
+        tasks_per_node: processes of each pod.
+        image: container image with the code and its packages.
+        command: script and arguments that every pod runs after `python`.
+        folder: working folder in the container; None leaves it to the image.
+        volumes: `CLAIM:PATH` for each persistent volume claim.
+        max_restarts: how often all pods are started again after one failed.
+        namespace: None leaves it to kubectl.
+    """
+
+    name: str
+    nodes: int
+    gpus_per_node: int
+    tasks_per_node: int
+    image: str
+    command: Sequence[str]
+    folder: str | None = None
+    volumes: Sequence[str] = ()
+    max_restarts: int = 3
+    namespace: str | None = None
+
+
+def manifest(pods: Pods, kind: Literal["jobset", "pytorchjob"]) -> dict[str, Any]:
+    """The manifest as a mapping.
+
+    Raises:
+        LaunchError: a volume is not `CLAIM:PATH`.
+    """
+    return _jobset(pods) if kind == "jobset" else _pytorchjob(pods)
+
+
+def _jobset(pods: Pods) -> dict[str, Any]:
+    number = {"valueFrom": {"fieldRef": {"fieldPath": _POD_NUMBER}}}
+    variables: list[dict[str, Any]] = [
+        {"name": "PET_NNODES", "value": str(pods.nodes)},
+        {"name": "PET_NPROC_PER_NODE", "value": str(pods.tasks_per_node)},
+        {"name": "PET_NODE_RANK", **number},
+        # JobSet names pods JOBSET-JOB-0-NUMBER, in a domain of the JobSet's name.
+        {"name": "PET_MASTER_ADDR", "value": f"{pods.name}-host-0-0.{pods.name}"},
+        {"name": "PET_MASTER_PORT", "value": str(DEFAULT_MASTER_PORT)},
+    ]
+    job = {
+        "parallelism": pods.nodes,
+        "completions": pods.nodes,
+        "completionMode": "Indexed",
+        # The set restarts as a whole: a pod alone would find nobody to meet.
+        "backoffLimit": 0,
+        "template": {"spec": _pod(pods, variables, container="train")},
+    }
+    return {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": _metadata(pods),
+        "spec": {
+            "failurePolicy": {"maxRestarts": pods.max_restarts},
+            "replicatedJobs": [{"name": "host", "replicas": 1, "template": {"spec": job}}],
+        },
+    }
+
+
+def _pytorchjob(pods: Pods) -> dict[str, Any]:
+    # The operator looks for a container of this name and adds the variables.
+    spec = _pod(pods, [], container="pytorch")
+    del spec["restartPolicy"]  # the operator's to say
+    replicas = {"Master": 1} | ({"Worker": pods.nodes - 1} if pods.nodes > 1 else {})
+    return {
+        "apiVersion": "kubeflow.org/v1",
+        "kind": "PyTorchJob",
+        "metadata": _metadata(pods),
+        "spec": {
+            "nprocPerNode": str(pods.tasks_per_node),
+            "runPolicy": {"backoffLimit": pods.max_restarts, "cleanPodPolicy": "Running"},
+            "pytorchReplicaSpecs": {
+                role: {"replicas": count, "restartPolicy": "OnFailure", "template": {"spec": deepcopy(spec)}}
+                for role, count in replicas.items()
+            },
+        },
+    }
+
+
+def _metadata(pods: Pods) -> dict[str, str]:
+    return {"name": pods.name} | ({"namespace": pods.namespace} if pods.namespace else {})
+
+
+def _pod(pods: Pods, variables: list[dict[str, Any]], *, container: str) -> dict[str, Any]:
+    claims = [_claim(text) for text in pods.volumes]
+    mounts = [{"name": f"claim-{i}", "mountPath": path} for i, (_, path) in enumerate(claims)]
+    volumes = [
+        {"name": f"claim-{i}", "persistentVolumeClaim": {"claimName": claim}} for i, (claim, _) in enumerate(claims)
+    ]
+    main: dict[str, Any] = {"name": container, "image": pods.image, "command": ["python", "-u", *pods.command]}
+    if pods.folder:
+        main["workingDir"] = pods.folder
+    main["env"] = variables
+    main["ports"] = [{"containerPort": DEFAULT_MASTER_PORT}]
+    if pods.gpus_per_node:
+        main["resources"] = {"limits": {"nvidia.com/gpu": pods.gpus_per_node}}
+    # NCCL and the data loader's workers share memory; containers get 64 MB of it by default.
+    main["volumeMounts"] = [{"name": "shared-memory", "mountPath": "/dev/shm"}, *mounts]
+    memory = {"name": "shared-memory", "emptyDir": {"medium": "Memory"}}
+    return {
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": GRACE_SECONDS,
+        "containers": [main],
+        "volumes": [memory, *volumes],
+    }
+
+
+def _claim(text: str) -> tuple[str, str]:
+    claim, colon, path = text.partition(":")
+    if not (claim and colon and path.startswith("/")):
+        raise LaunchError(f"--volume {text!r} is not CLAIM:PATH; write checkpoints:/data say")
+    return claim, path

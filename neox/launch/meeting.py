@@ -1,0 +1,55 @@
+"""The place where processes meet: looked at before torch does, which waits for minutes and then prints pages."""
+
+import errno
+import os
+import socket
+from collections.abc import MutableMapping
+
+from neox.errors import LaunchError
+from neox.launch.environment import Placement, export
+
+
+def enter(placement: Placement, environ: MutableMapping[str, str] | None = None) -> None:
+    """Become a rank: check that its meeting place can be one, and set the variables that torch reads.
+
+    Raises:
+        LaunchError: the address has no meaning here, or another program has the port.
+    """
+    environ = os.environ if environ is None else environ
+    if placement.world_size > 1:
+        check_address(placement.master_addr)
+        # torchrun itself serves the meeting, so its port is in use.
+        served = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        if placement.rank == 0 and not served:
+            check_port(placement.master_port)
+    export(placement, environ)
+
+
+def check_address(host: str) -> None:
+    """Look the meeting host up.
+
+    Raises:
+        LaunchError: its name is unknown on this machine.
+    """
+    try:
+        socket.getaddrinfo(host, None)
+    except (OSError, UnicodeError) as error:
+        here = socket.gethostname()
+        raise LaunchError(f"master_addr: {host!r} is unknown on {here} ({error}); give a name or address") from None
+
+
+def check_port(port: int) -> None:
+    """Take the port for a moment.
+
+    Raises:
+        LaunchError: another program of this machine has it, or it is not ours to take.
+    """
+    with socket.socket(socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            known = {errno.EADDRINUSE: "is in use", errno.EACCES: "is reserved"}
+            reason = known.get(error.errno or 0, f"cannot be used ({error.strerror})")
+            where = f"{port} {reason} on {socket.gethostname()}"
+            raise LaunchError(f"master_port: {where}; set another (key master_port, or MASTER_PORT)") from None

@@ -1,0 +1,108 @@
+"""Options that the commands of `python -m neox.launch` share, and what they mean."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from neox.errors import LaunchError
+from neox.launch.arguments import Arguments, Parser
+
+if TYPE_CHECKING:
+    from neox.config import Config
+
+
+def command_parser(name: str, description: str) -> Parser:
+    """A parser for the words after the command's name."""
+    return Parser(prog=f"python -m neox.launch {name}", description=description, allow_abbrev=False)
+
+
+def add_configuration(parser: argparse.ArgumentParser, *, nargs: str = "+") -> None:
+    """The configuration, as the scripts take it."""
+    parser.add_argument("config", nargs=nargs, metavar="CONFIG | key=value", help="YAML files, then overrides")
+    parser.add_argument("-d", "--conf_dir", metavar="DIR", help="folder of the configuration files")
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """The configuration, what runs, on how many hosts, and the file to write."""
+    add_configuration(parser)
+    parser.add_argument("--nodes", type=int, required=True, metavar="N", help="hosts")
+    parser.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs of each host; default: num_gpus, or 8")
+    parser.add_argument("--tasks-per-node", type=int, metavar="N", help="processes of each host; default: one a GPU")
+    parser.add_argument("--max-restarts", type=int, default=3, metavar="N", help="after failures; default: %(default)s")
+    add_file(parser)
+
+
+def add_file(parser: argparse.ArgumentParser) -> None:
+    """What runs, and the file to write."""
+    parser.add_argument("--name", metavar="NAME", help="of the job; default: that of the first configuration file")
+    parser.add_argument("--script", default="train.py", metavar="FILE", help="default: %(default)s")
+    parser.add_argument("-o", "--output", metavar="FILE", help="file to write; default: named after the job")
+
+
+def read_config(options: argparse.Namespace) -> "Config":
+    """The configuration that the command line names.
+
+    Raises:
+        ConfigError: with one line for each mistake.
+    """
+    from neox.config import split_overrides
+
+    files, overrides = split_overrides(options.config)
+    if not files:
+        raise LaunchError(
+            "neox.launch: no configuration file given; example: configs/small.yml configs/local_setup.yml"
+        )
+    return Arguments(files, overrides, options.conf_dir).load()
+
+
+def check_layout(config: "Config", processes: int) -> None:
+    """Check that so many processes can train what is configured.
+
+    Raises:
+        ConfigError: naming what does not divide.
+    """
+    from neox.config import check_training
+
+    check_training(config.with_world_size(processes))
+
+
+def processes_per_node(options: argparse.Namespace, config: "Config") -> tuple[int, int]:
+    """GPUs and processes of each host.
+
+    Raises:
+        LaunchError: a number makes no sense.
+    """
+    gpus = options.gpus_per_node if options.gpus_per_node is not None else config.launch.num_gpus or 8
+    tasks = options.tasks_per_node or gpus or 1
+    for flag, value, least in (("--nodes", options.nodes, 1), ("--gpus-per-node", gpus, 0)):
+        if value < least:
+            raise LaunchError(f"{flag} {value}: give at least {least}")
+    if 0 < gpus < tasks:
+        raise LaunchError(f"--tasks-per-node {tasks}: a host has {gpus} GPUs, one for each process; lower it")
+    return gpus, tasks
+
+
+def job_name(options: argparse.Namespace) -> str:
+    """`--name`, or the first configuration file's without its extension."""
+    return str(options.name or Path(options.config[0]).stem)
+
+
+def configuration(options: argparse.Namespace) -> list[str]:
+    """The words that name the configuration, for another command line."""
+    return [*(["-d", options.conf_dir] if options.conf_dir else []), *options.config]
+
+
+def script_command(options: argparse.Namespace, *, must_exist: bool = True) -> list[str]:
+    """The script and its configuration.
+
+    Raises:
+        LaunchError: there is no such script.
+    """
+    if must_exist and not Path(options.script).is_file():
+        raise LaunchError(f"--script {options.script}: no such file in {Path.cwd()}; run this beside train.py")
+    return [options.script, *configuration(options)]
+
+
+def chosen(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Options by name."""
+    return {name: getattr(options, name) for name in names}

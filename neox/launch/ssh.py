@@ -1,0 +1,120 @@
+"""Plain ssh: asking hosts, and running one command on each until all end, with nothing left behind on any."""
+
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import FrameType
+
+from neox.errors import LaunchError
+from neox.launch.endings import exit_status, forwarded_signals
+
+SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
+"""Never asks for a password."""
+
+_POLL_SECONDS = 0.1
+_MOST_AT_ONCE = 64
+
+
+def check_reachable(hosts: Iterable[str]) -> None:
+    """Ask every host over ssh, all at the same time.
+
+    Raises:
+        LaunchError: naming each that does not answer, with ssh's reason.
+    """
+    silent = {host: reason for host, reason in _ask_all(list(hosts)).items() if reason}
+    if silent:
+        named = "; ".join(f"{host} ({reason})" for host, reason in silent.items())
+        raise LaunchError(f"hostfile: no answer over ssh from {named}; `ssh HOST true` must work without a password")
+
+
+def _ask_all(hosts: list[str]) -> dict[str, str]:
+    with ThreadPoolExecutor(_MOST_AT_ONCE) as threads:
+        return dict(zip(hosts, threads.map(_ask, hosts), strict=True))
+
+
+def _ask(host: str) -> str:
+    """The reason why a host does not answer; empty if it does."""
+    try:
+        done = subprocess.run([*SSH, host, "true"], capture_output=True, text=True, timeout=30, check=False)
+    except FileNotFoundError:
+        return "ssh is not installed here"
+    except subprocess.TimeoutExpired:
+        return "no answer in 30 s"
+    lines = done.stderr.strip().splitlines()
+    return "" if done.returncode == 0 else (lines[-1] if lines else f"status {done.returncode}")
+
+
+def remote_command(argv: Sequence[str], variables: Mapping[str, str]) -> list[str]:
+    """What to give ssh after the host's name: our folder, the variables, and a watcher that runs `python ARGV...`.
+
+    The watcher (`neox.launch.remote`) ends the program when its standard input ends, so when ssh ends for any reason.
+    """
+    settings = [f"{name}={value}" for name, value in variables.items()]
+    command = ["exec", "env", *settings, sys.executable, "-m", "neox.launch.remote", *argv]
+    return [f"cd {shlex.quote(str(Path.cwd()))} && {shlex.join(command)}"]
+
+
+def run_everywhere(commands: Mapping[str, Sequence[str]]) -> int:
+    """Run each host's command over ssh and wait for all; the first to fail ends the others.
+
+    SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 are passed on; a second SIGINT or SIGTERM ends all at once.
+
+    Returns:
+        Exit status as of `neox.launch.local.run_local`.
+    """
+    connections = _Connections()
+    with forwarded_signals(connections.handle):
+        try:
+            for host, command in commands.items():
+                connections.start([*SSH, host, *command])
+            return connections.wait()
+        finally:
+            connections.hang_up()
+
+
+class _Connections:
+    """One ssh process for each host; its standard input carries signals, and its end ends the program there."""
+
+    def __init__(self) -> None:
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.endings = 0
+
+    def start(self, command: Sequence[str]) -> None:
+        # A group of its own: Ctrl-C at the terminal must not cut the line before the program has saved its work.
+        self.processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, process_group=0))
+
+    def wait(self) -> int:
+        first_failure = 0
+        while any(process.poll() is None for process in self.processes):
+            failures = [process.returncode for process in self.processes if process.returncode]
+            if failures and not first_failure:
+                first_failure = failures[0]
+                self.hang_up()
+            time.sleep(_POLL_SECONDS)
+        return exit_status(first_failure, [process.returncode for process in self.processes])
+
+    def handle(self, signum: int, frame: FrameType | None) -> None:
+        self.endings += signum in (signal.SIGINT, signal.SIGTERM)
+        if self.endings > 1:
+            self.hang_up()
+            return
+        for process in self.processes:
+            if process.poll() is None and process.stdin and not process.stdin.closed:
+                try:
+                    process.stdin.write(f"{signal.Signals(signum).name}\n".encode())
+                    process.stdin.flush()
+                except BrokenPipeError:
+                    continue
+
+    def hang_up(self) -> None:
+        for process in self.processes:
+            if process.stdin and not process.stdin.closed:
+                try:
+                    process.stdin.close()
+                except BrokenPipeError:
+                    continue

@@ -1,0 +1,46 @@
+"""`s3_path`: every checkpoint goes to a store too, and training does not depend on it."""
+
+from pathlib import Path
+
+from neox.checkpoint.native import Team
+from neox.checkpoint.s3 import S3Folder, upload_checkpoint
+from neox.config.training import CheckpointConfig
+
+
+class Uploads:
+    """Uploads checkpoints, and once more with the next one those that could not be.
+
+    Attributes:
+        waiting: those that are still to be uploaded, the oldest first; the same on every rank.
+    """
+
+    def __init__(self, settings: CheckpointConfig) -> None:
+        assert settings.s3_path is not None, "an address was given"
+        self._target = S3Folder(settings.s3_path, part_bytes=settings.s3_chunk_size)
+        self.waiting: list[Path] = []
+
+    def upload(self, folder: Path, team: Team) -> str | None:
+        """Upload a checkpoint after those that wait. A collective of the team.
+
+        Returns:
+            A warning where it failed.
+        """
+        there = team.gather([path.is_dir() for path in self.waiting])[0]
+        self.waiting = [path for path, is_there in zip(self.waiting, there, strict=True) if is_there] + [folder]
+        while self.waiting:
+            problem = upload_checkpoint(self.waiting[0], self._target, team)
+            if problem:
+                names = ", ".join(path.name for path in self.waiting)
+                return f"s3_path {self._target.address}: {names} not uploaded ({problem}); tried again at the next save"
+            self.waiting.pop(0)
+        return None
+
+
+def check_store(settings: CheckpointConfig) -> None:
+    """See before a run that its checkpoints can be uploaded.
+
+    Raises:
+        ConfigError: boto3 is not installed, or the bucket cannot be reached.
+    """
+    if settings.s3_path is not None:
+        S3Folder(settings.s3_path, part_bytes=settings.s3_chunk_size, attempts=2).check()

@@ -1,0 +1,44 @@
+"""Which code and packages this process runs: two hosts of one run must agree on them."""
+
+import hashlib
+import platform
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy", "pydantic", "safetensors", "tokenizers", "transformers")
+"""Packages whose versions change results or files."""
+
+
+@cache
+def software() -> dict[str, str]:
+    """Versions by name: python, the packages that are installed, and the content of our own source files."""
+    found = {"python": platform.python_version(), "neox source": source_digest(Path(__file__).parent)}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "missing"
+    return found
+
+
+def source_digest(folder: Path) -> str:
+    """Twelve digits that change with any Python file under `folder`, wherever the folder lies."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def differences(by_host: dict[str, dict[str, str]]) -> list[str]:
+    """What is not the same everywhere: `"torch: 2.11 on n1, n2; 2.13 on n3"`, one text for each name."""
+    lines = []
+    names = sorted({name for found in by_host.values() for name in found})
+    for name in names:
+        hosts: dict[str, list[str]] = {}
+        for host, found in by_host.items():
+            hosts.setdefault(found.get(name, "missing"), []).append(host)
+        if len(hosts) > 1:
+            places = "; ".join(f"{value} on {', '.join(on)}" for value, on in hosts.items())
+            lines.append(f"{name}: {places}")
+    return lines

@@ -1,0 +1,47 @@
+"""Conversions hold a few tensors and never a file: memory does not grow with the model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+ROOM = 40 * 10**6
+"""What the allocator may keep, and buffers of files; a fifth of the checkpoint."""
+
+PROGRAM = """
+import json, sys
+from pathlib import Path
+from benchmarks.checkpoints import conversions
+from benchmarks.process import forget_peak, load_script, memory
+from benchmarks.shapes import Shape
+from benchmarks.synthetic import write_run
+
+folder, found = Path(sys.argv[1]), {}
+for shape in (Shape("warm", 2, 64, 4, 128), Shape("large", 8, 1024, 16, 4096)):
+    root = folder / shape.name
+    root.mkdir()
+    config_file = write_run(shape, root / "run", tensor_size=2)
+    for conversion in conversions(root, config_file):
+        main = load_script(conversion.script).main
+        start = forget_peak()
+        main([str(word) for word in conversion.words])
+        found[conversion.name] = memory("VmHWM") - start
+print(json.dumps(found))
+"""
+
+
+def test_no_conversion_holds_more_than_three_tensors(tmp_path):
+    """Of 218 MB, the largest tensor 8.4 MB; a first conversion of a tiny model has loaded all code."""
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environ, cwd=ROOT)
+    finally:
+        subprocess.run(["rm", "-rf", str(tmp_path / "warm"), str(tmp_path / "large")], check=True)
+    assert done.returncode == 0, done.stderr
+    grown = json.loads(done.stdout.splitlines()[-1])
+    assert len(grown) == 4
+    largest = 4 * 1024 * 1024 * 2
+    assert {name: bytes_ for name, bytes_ in grown.items() if bytes_ > 3 * largest + ROOM} == {}

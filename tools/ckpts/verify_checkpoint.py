@@ -1,0 +1,58 @@
+"""Verify that a checkpoint of any format is whole, or that two checkpoints compute the same.
+
+python tools/ckpts/verify_checkpoint.py RUN/global_step1000
+python tools/ckpts/verify_checkpoint.py RUN/global_step1000 --logits exported --tokens random
+
+Exit status 0: whole, or the logits agree. 1: damaged, or they do not. 2: it is no checkpoint.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from neox.checkpoint.logits import BATCH_SIZE, read_tokens
+from neox.checkpoint.open import locate_checkpoint
+from neox.checkpoint.verify import compare_logits, damages_of
+from neox.launch.main import script_main
+
+TOLERANCE = 1e-4
+
+
+def main(arguments: list[str]) -> int:
+    """Print a line for each thing that is wrong, or one that says that nothing is."""
+    options = _parse(arguments)
+    folders = [locate_checkpoint(path) for path in (options.checkpoint, options.logits) if path]
+    if options.dry_run:
+        for folder in folders:
+            files = [path for path in folder.iterdir() if path.is_file()]
+            print(f"would read {folder}: {len(files)} files, {sum(path.stat().st_size for path in files):,} bytes")
+        return 0
+    if options.logits is None:
+        damages = damages_of(folders[0])
+        print("\n".join(damages) or f"{folders[0]}: whole")
+        return int(bool(damages))
+    tokens_BS = None if options.tokens == "random" else read_tokens(Path(options.tokens))
+    found = compare_logits(
+        *folders, tokens_BS=tokens_BS, config_files=options.config_file, batch_size=options.batch_size
+    )
+    print(f"{folders[0]} and {folders[1]}: {found}")
+    return int(found.difference > options.tolerance)
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint of any known format, or a folder of them")
+    add("--logits", type=Path, metavar="OTHER", help="compare logits with this checkpoint instead of reading checksums")
+    add("--tokens", default="random", metavar="FILE", help=".npy with integer ids [B, S]; default: random ones")
+    add("--tolerance", type=float, default=TOLERANCE, help=f"largest difference of logits (default: {TOLERANCE:g})")
+    add("--config_file", nargs="+", default=(), metavar="FILE", help="model, where the checkpoints do not say")
+    add("--batch_size", type=int, default=BATCH_SIZE, help=f"sequences computed together (default: {BATCH_SIZE})")
+    add("--dry-run", action="store_true", help="say what would be read")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(script_main(main))
