@@ -8,15 +8,17 @@ BIN := $(VENV)/bin
 # DeepSpeed compiles nothing at install; every operator this project uses is torch's.
 INSTALL = DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help quickstart test test-all check format bench bench-gpu docs clean
+.PHONY: help quickstart test test-all test-cluster check format bench bench-gpu bench-checkpoints docs clean
 
 help:
 	@grep -E '^# make' Makefile | sed 's/^# //'
 	@echo "make test-all     the slow tests too"
+	@echo "make test-cluster every launcher on two hosts, which are namespaces of this machine; needs root and Debian"
 	@echo "make check        formatting, lint and types only"
 	@echo "make format       format the code"
 	@echo "make bench        speed on this machine's CPU, against transformers"
 	@echo "make bench-gpu    speed on one GPU, against transformers"
+	@echo "make bench-checkpoints  memory and speed of conversions of a 6.9B checkpoint; 45 GB of disk"
 	@echo "make docs         rewrite the generated pages: docs/configuration.md, docs/layouts.md, configs/schema.json"
 
 $(BIN)/python:
@@ -44,6 +46,10 @@ test: check
 test-all: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
+# Says what it leaves out where there is no root, or where a package cannot be installed.
+test-cluster: $(VENV)/installed-dev
+	$(BIN)/python tests/cluster/run.py
+
 format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -53,6 +59,9 @@ bench: $(VENV)/installed-run
 
 bench-gpu: $(VENV)/installed-run
 	$(BIN)/python benchmarks/gpu.py
+
+bench-checkpoints: $(VENV)/installed-run
+	$(BIN)/python benchmarks/checkpoints.py
 
 docs: $(VENV)/installed-run
 	$(BIN)/python -m neox.config docs

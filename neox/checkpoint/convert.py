@@ -1,13 +1,16 @@
 """From one format to another: imports as native checkpoints, and the proof that an export computes the same."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from neox.checkpoint.ahead import read_ahead
 from neox.checkpoint.huggingface import SHARD_BYTES
 from neox.checkpoint.manifest import Layout, Manifest, Progress
-from neox.checkpoint.memory import available_bytes
+from neox.checkpoint.memory import available_bytes, return_freed
 from neox.checkpoint.native import AnnouncedTensor, StoredTensor, Team, divided, write_checkpoint
 from neox.checkpoint.progress import progress_bar
 from neox.checkpoint.weight_map import weight_map
@@ -54,14 +57,16 @@ def write_native(weights: WeightReader, config: Config, root: Path, *, max_shard
     shapes = {tensor.key: tensor.shape for tensor in announced}
     sizes = {tensor.key: tensor.shape.numel() * tensor.dtype.itemsize for tensor in announced}
     read, dtype = weight_source(weights), DTYPES[config.model.precision]
-    tensors = (
-        StoredTensor("model", name, read(name, shapes[name]).to(dtype).contiguous())
-        for name in progress_bar(shapes, sizes, "writing")
-    )
+
+    def tensors() -> Iterator[StoredTensor]:
+        for name in progress_bar(shapes, sizes, "writing"):
+            return_freed()
+            yield StoredTensor("model", name, read(name, shapes[name]).to(dtype).contiguous())
+
     return write_checkpoint(
         root,
         iteration=0,
-        tensors=tensors,
+        tensors=read_ahead(tensors()),
         manifest=manifest,
         configs=config.files,
         team=Team(),
@@ -138,6 +143,18 @@ def _transformers_logits(folder: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
             "the check of an export needs transformers: pip install transformers, or pass --no-check"
         ) from None
     options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
-    with torch.no_grad():
+    with torch.no_grad(), _without_progress_bars(transformers.utils.logging):
         model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), **options).eval()
         return model(tokens_BS).logits
+
+
+@contextmanager
+def _without_progress_bars(settings: Any) -> Iterator[None]:
+    """The library shows one each time it loads a model, also where no terminal is."""
+    shown = settings.is_progress_bar_enabled()
+    settings.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            settings.enable_progress_bar()

@@ -15,7 +15,7 @@ from neox.checkpoint.native import NativeReader
 from neox.checkpoint.tokenizer_files import ExportedTokenizer, export_tokenizer, token_ids
 from neox.checkpoint.weights import WeightReader
 from neox.config import Config
-from neox.errors import CheckpointError, UserError
+from neox.errors import CheckpointError, DataError, UserError
 from neox.model.build import DTYPES
 
 BESIDE = "hf"
@@ -95,12 +95,15 @@ def export(weights: WeightReader, config: Config, out: Path, asked: Export, *, n
 
 def _tokenizer(config: Config, asked: Export) -> ExportedTokenizer | None:
     if asked.save_tokenizer:
-        return export_tokenizer(
-            config.tokenizer,
-            from_huggingface=asked.tokenizer_is_huggingface,
-            pad_token_id=asked.pad_token_id,
-            model_max_length=config.model.max_position_embeddings,
-        )
+        try:
+            return export_tokenizer(
+                config.tokenizer,
+                from_huggingface=asked.tokenizer_is_huggingface,
+                pad_token_id=asked.pad_token_id,
+                model_max_length=config.model.max_position_embeddings,
+            )
+        except DataError as error:
+            raise CheckpointError(f"{error}; or leave the tokenizer out (--no_save_tokenizer)") from None
     try:
         return ExportedTokenizer({}, token_ids(config.tokenizer, pad_token_id=asked.pad_token_id))
     except UserError:

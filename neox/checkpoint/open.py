@@ -25,7 +25,8 @@ def open_checkpoint(
         path: a folder of checkpoints with `latest` in it, one of its `global_step<N>` folders, or a folder of
             Hugging Face's or of Meta's.
         iteration: which checkpoint of the folder; None for the one that `latest` names.
-        gpt_j_residual, gqa_layout: see `UpstreamReader`.
+        gpt_j_residual: see `UpstreamReader`.
+        gqa_layout: see `UpstreamReader`.
 
     Raises:
         CheckpointError: there is nothing that can be read; says what was found.

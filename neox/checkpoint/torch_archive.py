@@ -11,6 +11,7 @@ import io
 import pickle
 import sys
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -108,6 +109,11 @@ class TorchFileWriter:
         found, wanted = (tensor.dtype, tensor.shape), (announced.dtype, announced.shape)
         assert found == wanted, f"{self.path}: {found} came, {wanted} was announced"
         self._append(key, tensor)
+
+    def write_all(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Append the next ones."""
+        for tensor in tensors:
+            self.write(tensor)
 
     def _append(self, key: str, tensor: torch.Tensor) -> None:
         numbers = tensor.detach().contiguous()

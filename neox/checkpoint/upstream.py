@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import yaml
@@ -39,8 +39,9 @@ class UpstreamReader:
         folder: the `global_step<N>` folder.
         gpt_j_residual: residual style of the run; None looks it up in the configuration files saved beside the
             weights. It matters only for the biases of row-parallel matrices at tensor-parallel size above 1.
-        gqa_layout: how query_key_value is laid out where heads share keys, which no shape tells. None takes
-            `interleaved` with the names of before September 2024, when there was no other, and else `contiguous`.
+        gqa_layout: how query_key_value is laid out where heads share keys, which no shape tells. None takes the
+            `gqa_layout` of the configuration files beside the weights; without one `interleaved` with the names of
+            before September 2024, when there was no other, and else `contiguous`.
 
     Attributes:
         folder: as given.
@@ -199,9 +200,10 @@ class UpstreamReader:
         """Whether the rows of a parameter go from query head to query head though heads share keys."""
         if not name.rpartition(".")[0].endswith("attention.query_key_value") or self._groups(name) == ONE_GROUP:
             return False
-        if self._gqa_layout is not None:
-            return self._gqa_layout == "interleaved"
-        return self._dialect is Dialect.LEGACY
+        told = self._gqa_layout or self._saved_config.get("gqa_layout")
+        if told not in (None, *get_args(GQALayout)):
+            raise CheckpointError(f"{self.folder}: gqa_layout is {told}; expected {' or '.join(get_args(GQALayout))}")
+        return told == "interleaved" if told else self._dialect is Dialect.LEGACY
 
     def _contiguous(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """[Q; K; V] from rows that go from query head to query head.

@@ -186,6 +186,8 @@ class UpstreamRun:
                 # The last stage has a tied embedding a second time, its positions without a gradient.
                 named = {str(standard_name(name) or name): part for name, part in tensors.items()}
                 found = {f"{name}/{state}": part for name, part in translate(named, source).items()} | found
+        if layers and not self._files.has_partitions:
+            raise _not_covered(self.folder)
         return found
 
     def _stage_states(self, number: int, layers: list[dict[str, torch.Size]], source: Path) -> RankStates:
@@ -236,8 +238,12 @@ def _groups(
         for name, shape in layer.items():
             groups[0 if len(groups) == 1 or _decays(name) else 1][name] = shape
     if _sizes(groups, by_elements) != wanted or len(wanted) > 2:
-        raise CheckpointError(f"{source}: its optimizer state does not cover its parameters; {NO_STATE}")
+        raise _not_covered(source)
     return groups
+
+
+def _not_covered(source: Path) -> CheckpointError:
+    return CheckpointError(f"{source}: its optimizer state does not cover its parameters; {NO_STATE}")
 
 
 def _taken(shared: Mapping[str, torch.Size], layers: list[dict[str, torch.Size]]) -> Iterator[dict[str, torch.Size]]:

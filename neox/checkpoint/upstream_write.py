@@ -14,7 +14,9 @@ from typing import Any
 import torch
 import yaml
 
+from neox.checkpoint.ahead import read_ahead
 from neox.checkpoint.commit import begin, commit
+from neox.checkpoint.memory import return_freed
 from neox.checkpoint.progress import progress_bar
 from neox.checkpoint.torch_archive import TorchFileWriter
 from neox.checkpoint.upstream_state import rank_state
@@ -79,6 +81,7 @@ class UpstreamWriter:
         self, weights: WeightReader, config: Config, *, layout: UpstreamLayout, iteration: int = 0, samples: int = 0
     ) -> None:
         self._weights = weights
+        self._read = weight_source(weights)
         self._layout = layout
         self._iteration = iteration
         self._samples = samples
@@ -118,31 +121,34 @@ class UpstreamWriter:
 
     def _write_files(self, folder: Path) -> None:
         sizes = {name: tensor.shape.numel() * self._dtype.itemsize for name, tensor in self._map.items()}
-        names = progress_bar(sizes, sizes, "writing")
+        tensors = read_ahead((name, self._whole(self._map[name])) for name in progress_bar(sizes, sizes, "writing"))
         for part in self._parts():
-            self._write_part(folder, part, names)
-        next(names, None)  # ends the bar
+            self._write_part(folder, part, tensors)
+        next(tensors, None)  # ends the bar
         if self._layout.pipe:
             for rank, name in enumerate(self._rank_files()):
                 with TorchFileWriter(folder / name, self._state(rank, module=None)):
                     pass
         write_whole(folder / "configs" / "model.yml", yaml.safe_dump(_description(self._config), sort_keys=False))
 
-    def _write_part(self, folder: Path, part: _Part, names: Iterator[str]) -> None:
-        read = weight_source(self._weights)
+    def _write_part(self, folder: Path, part: _Part, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
         with ExitStack() as stack:
             writers = [
                 stack.enter_context(TorchFileWriter(folder / file, self._content(part, rank)))
                 for rank, file in enumerate(part.files)
             ]
-            for logical, name in zip(part.tensors, names):  # noqa: B905
+            for logical in part.tensors:
+                name, whole = next(tensors)
                 assert name == logical.name, "parts follow the order of the map"
-                whole = read(logical.name, self._stored_shape(logical)).to(self._dtype)
-                whole = pad_rows(whole, logical.shape[0]) if logical.kind is Kind.VOCABULARY else whole
                 for rank, writer in enumerate(writers):
-                    for tensor in self._share(logical, whole, rank).values():
-                        writer.write(tensor)
+                    writer.write_all(self._share(logical, whole, rank).values())
                 del whole
+                return_freed()
+
+    def _whole(self, logical: LogicalTensor) -> torch.Tensor:
+        """A tensor of the source, in the type and with the rows that it will have."""
+        whole = self._read(logical.name, self._stored_shape(logical)).to(self._dtype)
+        return pad_rows(whole, logical.shape[0]) if logical.kind is Kind.VOCABULARY else whole
 
     def _parts(self) -> Iterator[_Part]:
         tensors = tuple(self._map.values())
@@ -237,6 +243,8 @@ def _vocabulary(config: Config) -> int:
 
 
 def _check_expressible(model: ModelConfig, layout: UpstreamLayout) -> None:
+    if model.has_reward_head:
+        raise CheckpointError("train_impl: rm; a reward model is not written as GPT-NeoX has it, use --format native")
     for key, value in MISSING_FEATURES.items():
         if getattr(model, key) != value:
             raise CheckpointError(f"{key}: {getattr(model, key)}; GPT-NeoX has no such model, use --format native")

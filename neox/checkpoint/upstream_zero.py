@@ -111,14 +111,17 @@ def zero_states(state: Mapping[str, Any], partitions: Sequence[Mapping[str, Any]
             _enter(found, name_of_state, pieces, shapes, source)
         return found
     key = "single_partition_of_fp32_groups"
-    groups = state.get("param_shapes")
+    groups, is_dealt = state.get("param_shapes"), _is_dealt(state)
     if key not in partitions[0] or not groups:
         raise CheckpointError(f"{source}: its optimizer state is of a DeepSpeed before 0.5; {NO_STATE}")
     by_rank = [_with_masters(p, key, p["base_optimizer_state"], len(groups), found) for p in partitions]
     for name_of_state in by_rank[0]:
         for number, shapes in enumerate(groups):
             vectors = [rank[name_of_state][number] for rank in by_rank]
-            pieces = _mapped(number, partitions, vectors) or _consecutive(shapes, vectors)
+            # With `round_robin_gradients` the order of `param_shapes` is the one of the vectors, and the mappings are
+            # made as if it were another, which also gives wrong masters within DeepSpeed 0.19.8.
+            pieces = {} if is_dealt else _mapped(number, partitions, vectors)
+            pieces = pieces or _consecutive(shapes, vectors)
             _enter(found, name_of_state, pieces, shapes, source)
     return found
 
@@ -193,6 +196,12 @@ def _state_of(inner: Mapping[str, Any], number: int, found: RankStates) -> dict[
 
 def _number(value: Any) -> int:
     return int(as_part(value).read()) if is_tensor(value) else int(value)
+
+
+def _is_dealt(state: Mapping[str, Any]) -> bool:
+    """Whether parameters lie in another order than that of the modules."""
+    settings = (state.get("ds_config") or {}).get("zero_optimization") or {}
+    return bool(settings.get("round_robin_gradients"))
 
 
 def _mapped(group: int, partitions: Sequence[Mapping[str, Any]], vectors: Sequence[Flat]) -> dict[str, Pieces]:

@@ -14,7 +14,6 @@ _OFTEN_MEANT = {
     "warmup_iters": "warmup",
     "decay_lr_to": "min_lr",
     "attention_type": "attention_config",
-    "mlp_type": "activation",
     # as other frameworks spell them
     "vocab_size": "padded_vocab_size",
     "block_size": "seq_length",
@@ -77,6 +76,8 @@ def check_other_keys(values: dict[str, Any], problems: Problems) -> list[str]:
 
 
 def _suggestion(name: str) -> str:
+    if name == "mlp_type":
+        return "; remove it, and for mlp_type: llama set activation: swiglu"
     if name in _OFTEN_MEANT:
         return f"; did you mean {_OFTEN_MEANT[name]!r}?"
     return did_you_mean(name, sorted(known_keys())) or "; remove it"

@@ -99,5 +99,6 @@ def _divisors(total: int, micro_batches: Sequence[int], *, least: int, most: int
     for micro in micro_batches:
         if total % micro == 0:
             top = total // micro
-            found |= {count for count in range(least, min(most, top) + 1) if top % count == 0}
-    return tuple(sorted(found))
+            small = [count for count in range(1, math.isqrt(top) + 1) if top % count == 0]
+            found |= {count for divisor in small for count in (divisor, top // divisor)}
+    return tuple(sorted(count for count in found if least <= count <= most))

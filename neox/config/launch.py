@@ -11,8 +11,8 @@ class LaunchConfig(Section):
     hostfile: str | None = setting(
         None,
         "File of lines `HOST slots=N`.",
-        rule="Read where train.py is started by hand; absent: $DLTS_HOSTFILE, or /job/hostfile if it exists. A file that "
-        "does not exist is announced and left out.",
+        rule="Read where train.py is started by hand; absent: $DLTS_HOSTFILE, or /job/hostfile if it exists. A file "
+        "that does not exist is announced and left out.",
     )
     include: str | None = setting(
         None, "Hosts and slots to use, e.g. host1:0,1@host2.", rule="Needs a hostfile; not together with exclude."

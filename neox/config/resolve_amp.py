@@ -20,6 +20,7 @@ _KINDS: dict[str, Any] = {
     "num_losses": int,
     "verbosity": int,
 }
+_INFINITE = 1e30
 _UNUSED = ("max_loss_scale", "keep_batchnorm_fp32", "patch_torch_functions", "num_losses", "verbosity")
 _DYNAMIC = {"loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 2000, "hysteresis": 1}
 """Apex's moving loss scale in DeepSpeed's words: from 2**16, doubled after 2000 good steps, halved at each overflow."""
@@ -59,12 +60,12 @@ def _check_values(section: dict[str, Any], problems: Problems) -> bool:
 
 def _wrong(name: str, value: Any) -> str:
     if name == "loss_scale":
-        fits = value == "dynamic" or (not mismatch(value, float) and number(value) > 0)
+        fits = value == "dynamic" or (not mismatch(value, float) and 0 < number(value) < _INFINITE)
         return "" if fits else f"expected 'dynamic' or a number above 0, got {value!r}"
     if name == "opt_level" and value == "O3":
         return "'O3' keeps no fp32 weights, and training needs them; set O2"
     if name == "opt_level":
-        return "" if value in _LEVELS else f"expected {' or '.join(map(repr, _LEVELS))}, got {value!r}"
+        return "" if value in list(_LEVELS) else f"expected {' or '.join(map(repr, _LEVELS))}, got {value!r}"
     if name == "master_weights" and value is False:
         return "false keeps no fp32 weights, and training needs them; remove it"
     wrong = mismatch(value, _KINDS[name])

@@ -24,6 +24,7 @@ _KINDS: dict[str, Any] = {
 }
 _NAMED = 12
 """Numbers of processes that an error names, the nearest ones."""
+_LARGEST = 10**9
 _REQUIRED = ("max_train_batch_size", "micro_batch_sizes")
 _REPLACED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
@@ -68,12 +69,14 @@ def _check_values(section: dict[str, Any], problems: Problems) -> bool:
 
 def _out_of_bounds(name: str, value: Any) -> str:
     if name == "micro_batch_sizes":
-        fits = value and all(not mismatch(size, int) and number(size) > 0 for size in value)
+        fits = value and all(not mismatch(size, int) and 0 < size <= _LARGEST for size in value)
         return "" if fits else f"expected a list of whole numbers above 0, got {value!r}"
     if name == "version":
         return "" if number(value) in (0.1, 0.2) else f"expected 0.1 or 0.2, got {value!r}"
     if isinstance(value, bool):
         return ""
+    if value > _LARGEST:
+        return f"expected at most {_LARGEST}, got {value!r}"
     least = 0 if name == "min_time" else 1
     return "" if value >= least else f"expected at least {least}, got {value!r}"
 

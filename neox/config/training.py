@@ -62,7 +62,11 @@ class CheckpointConfig(Section):
     save: str | None = setting(
         None, "Folder that checkpoints are written to.", rule="Needs checkpoint_factor or extra_save_iters."
     )
-    load: str | None = setting(None, "Folder that a checkpoint is read from.")
+    load: str | None = setting(
+        None,
+        "Folder that a checkpoint is read from: a run to go on with, or weights (Hugging Face's too) to start from.",
+        rule="Keys of the model that are absent are the checkpoint's; those given must agree with it.",
+    )
     iteration: Int | None = setting(None, "Iteration to load; absent: the latest.", ge=0)
     checkpoint_scale: Annotated[Literal["linear", "log"], Lower] = setting(
         "linear", "Save every checkpoint_factor iterations, or at its powers."

@@ -56,7 +56,7 @@ def document_fields(document: Document, keys: Sequence[str]) -> list[str]:
         if list(keys) != ["text"]:
             raise DataError(f"{document.path}: a plain text file has only the key 'text', not {', '.join(keys)}")
         return [document.raw]
-    record = _parse(document)
+    record = document_record(document)
     return [_field(document, record, key) for key in keys]
 
 
@@ -114,7 +114,12 @@ def _open_text(path: Path) -> Iterator[TextIO]:
             yield file
 
 
-def _parse(document: Document) -> dict[str, Any]:
+def document_record(document: Document) -> dict[str, Any]:
+    """Return the JSON object on the line of a document.
+
+    Raises:
+        DataError: there is none.
+    """
     where = f"{document.path}:{document.line}"
     try:
         record = json.loads(document.raw)

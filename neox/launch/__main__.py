@@ -55,11 +55,14 @@ def slurm(argv: list[str]) -> int:
     parser.add_argument("--warning", type=int, default=300, metavar="SECONDS", help="to save in; default: %(default)s")
     parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="as --sbatch=--qos=high")
     parser.add_argument("--srun", action="append", default=[], metavar="OPTION", help="as --srun=--mpi=none")
+    parser.add_argument("--no-requeue", dest="requeue", action="store_false", help="end when warned")
     parser.add_argument("--submit", action="store_true", help="submit the file")
     options = parser.parse_intermixed_args(argv)
     config = shared.read_config(options)
     gpus, tasks = shared.processes_per_node(options, config)
     shared.check_layout(config, options.nodes * tasks)
+    if options.requeue or options.max_restarts:
+        shared.check_resumes(config, "--no-requeue --max-restarts 0")
     job = Job(
         name=shared.job_name(options),
         nodes=options.nodes,
@@ -70,7 +73,7 @@ def slurm(argv: list[str]) -> int:
         account=options.account or config.launch.account,
         comment=options.comment or config.launch.comment,
         **shared.chosen(options, "time", "partition", "cpus_per_task", "logs", "warning", "max_restarts"),
-        **shared.chosen(options, "sbatch", "srun"),
+        **shared.chosen(options, "requeue", "sbatch", "srun"),
     )
     path = Path(options.output or f"{job.name}.sbatch")
     write_batch_file(job, path, folder=Path.cwd())
@@ -95,6 +98,8 @@ def kubernetes(argv: list[str]) -> int:
     config = shared.read_config(options)
     gpus, tasks = shared.processes_per_node(options, config)
     shared.check_layout(config, options.nodes * tasks)
+    if options.max_restarts:
+        shared.check_resumes(config, "--max-restarts 0")
     pods = Pods(
         # Names of pods are names of hosts.
         name=re.sub(r"[^a-z0-9]+", "-", shared.job_name(options).lower()).strip("-"),

@@ -41,7 +41,7 @@ def read_hostfile(path: Path) -> Pool:
         text = line.partition("#")[0].strip()
         if not text:
             continue
-        found = re.fullmatch(r"(\S+)\s+slots\s*=\s*(\d+)", text)
+        found = re.fullmatch(r"(\S+)\s+slots=(\d+)", text)
         if found is None or int(found[2]) == 0:
             raise LaunchError(f"{path}:{number}: {text!r} is not `HOST slots=N`")
         if found[1] in pool:

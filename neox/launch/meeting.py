@@ -3,10 +3,17 @@
 import errno
 import os
 import socket
+import time
 from collections.abc import MutableMapping
 
 from neox.errors import LaunchError
 from neox.launch.environment import Placement, export
+from neox.launch.node import IN_A_POD
+
+_SECONDS_FOR_NAMES = 600.0
+"""A pod gets its name when it is placed, which may be after this one."""
+
+_POLL_SECONDS = 2.0
 
 
 def enter(placement: Placement, environ: MutableMapping[str, str] | None = None) -> None:
@@ -17,7 +24,7 @@ def enter(placement: Placement, environ: MutableMapping[str, str] | None = None)
     """
     environ = os.environ if environ is None else environ
     if placement.world_size > 1:
-        check_address(placement.master_addr)
+        check_address(placement.master_addr, patience=_SECONDS_FOR_NAMES if IN_A_POD in environ else 0.0)
         # torchrun itself serves the meeting, so its port is in use.
         served = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         if placement.rank == 0 and not served:
@@ -25,17 +32,27 @@ def enter(placement: Placement, environ: MutableMapping[str, str] | None = None)
     export(placement, environ)
 
 
-def check_address(host: str) -> None:
+def check_address(host: str, *, patience: float = 0.0) -> None:
     """Look the meeting host up.
+
+    Args:
+        host: name or address.
+        patience: seconds in which the name may still come to be.
 
     Raises:
         LaunchError: its name is unknown on this machine.
     """
-    try:
-        socket.getaddrinfo(host, None)
-    except (OSError, UnicodeError) as error:
-        here = socket.gethostname()
-        raise LaunchError(f"master_addr: {host!r} is unknown on {here} ({error}); give a name or address") from None
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+        except (OSError, UnicodeError) as error:
+            if time.monotonic() < deadline:
+                time.sleep(_POLL_SECONDS)
+                continue
+            here = socket.gethostname()
+            raise LaunchError(f"master_addr: {host!r} is unknown on {here} ({error}); give a name or address") from None
+        return
 
 
 def check_port(port: int) -> None:

@@ -66,6 +66,26 @@ def check_layout(config: "Config", processes: int) -> None:
     check_training(config.with_world_size(processes))
 
 
+def check_resumes(config: "Config", otherwise: str) -> None:
+    """Check that a run which is started again goes on where it was.
+
+    Args:
+        config: of the run.
+        otherwise: flags under which it is not started again.
+
+    Raises:
+        LaunchError: it saves nothing, or loads from elsewhere.
+    """
+    save, load = config.checkpoint.save, config.checkpoint.load
+    if save is None:
+        raise LaunchError(
+            f"save: a job that starts again needs a folder to go on from; set it and load, or {otherwise}"
+        )
+    if load is None or Path(load).absolute() != Path(save).absolute():
+        found = "not set" if load is None else f"{load}, not {save}"
+        raise LaunchError(f"load: {found}; a job that starts again needs load={save} to go on, or {otherwise}")
+
+
 def processes_per_node(options: argparse.Namespace, config: "Config") -> tuple[int, int]:
     """GPUs and processes of each host.
 

@@ -98,5 +98,5 @@ def print_table(rows: list[Row], *, hosts: int) -> None:
     for row in rows:
         table.add_row(escape(row.name), _MARKS[row.state], escape(row.detail))
     # A log that is no terminal has no width; 80 columns would break every name.
-    console = Console(file=sys.stderr, width=None if sys.stderr.isatty() else 140)
+    console = Console(file=sys.stderr, width=None if sys.stderr.isatty() else 200)
     console.print(table)

@@ -67,8 +67,10 @@ def tidy(request: dict[str, Any]) -> dict[str, Any]:
 def _attempt(find: Callable[[], Any]) -> Any:
     try:
         return find()
-    except (OSError, ValueError, subprocess.SubprocessError) as error:
-        return {"error": f"{type(error).__name__}: {error}"}
+    except OSError as error:
+        return {"error": f"{error.filename or 'files'}: {(error.strerror or str(error)).lower()}"}
+    except (ValueError, subprocess.SubprocessError) as error:
+        return {"error": str(error)}
 
 
 def _commit() -> str | None:

@@ -1,5 +1,6 @@
 """Printing a user's mistake once, although every rank meets it."""
 
+import contextlib
 import fcntl
 import os
 import sys
@@ -8,30 +9,42 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from neox.errors import UserError
-from neox.launch.environment import Placement
+from neox.launch.environment import Placement, detect
 from neox.launch.node import detect_node
 
-ERROR_LOCK = "NEOX_ERROR_LOCK"  # path of a file shared by the workers of one host
+ERROR_LOCK = "NEOX_ERROR_LOCK"  # path of a file that workers share
 
 # Longer than any launcher needs to end the other ranks once one has failed (torchrun looks every 0.1 s).
 _LAUNCHER_REACTION_SECONDS = 1.0
 
 
 def report_user_error(error: UserError, *, environ: Mapping[str, str] | None = None) -> None:
-    """Write the error's text to stderr, once per group of local workers.
+    """Write the error's text to stderr, once for all that share the mistake.
 
-    Workers of `neox.launch.local` share a file: the first to lock it prints and the others see that it did.
-    Under another launcher the first rank of each host prints at once; the others wait a second, in which
-    the launcher ends them if that rank met the same mistake, and then print with their rank in front.
+    Workers of `neox.launch.local`, and of a batch file that `neox.launch slurm` wrote, share a file: the first to lock
+    it prints and the others see that it did. Under another launcher rank 0 prints at once; the first rank of each
+    other host waits a second and the rest two, in which the launcher ends them if they met the same mistake, and
+    then print with their rank in front.
     """
     environ = os.environ if environ is None else environ
     if environ.get(ERROR_LOCK):
         _print_if_first(str(error), environ[ERROR_LOCK])
-    elif environ.get("LOCAL_RANK", "0") == "0":
+        return
+    rank, local_rank = _ranks(environ)
+    if rank == 0:
         _print(str(error))
     else:
-        time.sleep(_LAUNCHER_REACTION_SECONDS)
-        _print(f"[rank {environ.get('RANK', '?')}] {error}")
+        time.sleep(_LAUNCHER_REACTION_SECONDS * (1 if local_rank == 0 else 2))
+        _print(f"[rank {rank}] {error}")
+
+
+def _ranks(environ: Mapping[str, str]) -> tuple[int, int]:
+    """Rank and local rank; zeros for a process that no launcher numbered, or numbered wrongly."""
+    try:
+        placement = detect(environ)
+    except UserError:
+        placement = None
+    return (placement.rank, placement.local_rank) if placement else (0, 0)
 
 
 def print_notices(lines: Iterable[str], placement: Placement | None) -> None:
@@ -50,7 +63,8 @@ def print_notices(lines: Iterable[str], placement: Placement | None) -> None:
 def _print_if_first(message: str, lock_path: str) -> None:
     # Held while printing: a worker that finds the mark and exits has the launcher end the others.
     with Path(lock_path).open("a+", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # some file systems of several hosts know no locks: then it is said twice
+            fcntl.flock(lock, fcntl.LOCK_EX)
         lock.seek(0)
         if not lock.read():
             _print(message)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from neox.errors import LaunchError
 from neox.files import write_whole
+from neox.launch.reporting import ERROR_LOCK
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Job:
         cpus_per_task: cores of a process; None leaves it to the cluster.
         logs: folder of the log.
         warning: seconds before the time limit at which the run is asked to save and stop.
+        requeue: whether a job that was warned goes back into the queue.
         max_restarts: how often a run that failed is started again inside the allocation.
         sbatch, srun: further options, each a word such as `--qos=high`.
     """
@@ -42,6 +44,7 @@ class Job:
     cpus_per_task: int | None = None
     logs: str = "logs"
     warning: int = 300
+    requeue: bool = True
     max_restarts: int = 3
     sbatch: Sequence[str] = ()
     srun: Sequence[str] = ()
@@ -61,7 +64,9 @@ def batch_file(job: Job, *, folder: Path, python: str = sys.executable) -> str:
         folder=shlex.quote(str(folder)),
         logs=shlex.quote(str(folder / job.logs)),
         check=f"{shlex.join(check)} || exit 1\n\n" if job.check is not None else "",
+        again='exec scontrol requeue "$SLURM_JOB_ID"' if job.requeue else "exit 0",
         restarts=job.max_restarts,
+        lock=ERROR_LOCK,
         step=shlex.join(["srun", "--kill-on-bad-exit=1", *job.srun, python, "-u", *job.command]),
     )
 
@@ -82,7 +87,7 @@ def _options(job: Job, folder: Path) -> list[str]:
         "signal": f"B:USR1@{job.warning}",
     }
     words = [f"--{name}={shlex.quote(str(value))}" for name, value in given.items() if value is not None]
-    return [*words, "--requeue", *job.sbatch]
+    return [*words, "--requeue" if job.requeue else "--no-requeue", *job.sbatch]
 
 
 _SCRIPT = """\
@@ -90,11 +95,12 @@ _SCRIPT = """\
 {options}
 
 # Slurm warns this script before the time limit (--signal=B:USR1@...). It passes the warning to every process, which
-# saves and stops, and puts the job back into the queue: there it starts again from the newest checkpoint. Slurm
-# itself requeues a job that loses a host.
+# saves and stops. Then the job goes back into the queue, if it may, and starts again from the newest checkpoint.
+# Slurm itself requeues a job that loses a host.
 
 cd {folder} || exit 1
-{check}warned=
+
+warned=
 step=
 warn() {{
     warned=1
@@ -102,8 +108,12 @@ warn() {{
 }}
 trap warn USR1
 
+{check}# The first process that meets a user's mistake writes to it; srun's own status is that of those it then ends.
+export {lock}={logs}/.mistake-$SLURM_JOB_ID
+
 restarts=0
-while true; do
+while [ -z "$warned" ]; do
+    rm -f "${lock}"
     {step} </dev/null &
     step=$!
     wait "$step"
@@ -113,14 +123,15 @@ while true; do
         wait "$step"
         status=$?
     done
-    # 0 is a run that reached its end or stopped as asked, 2 a mistake that trying again will not mend.
-    [ "$status" -ne 2 ] || exit 2
-    [ -z "$warned" ] || exec scontrol requeue "$SLURM_JOB_ID"
+    # Trying again mends no mistake.
+    [ ! -s "${lock}" ] || {{ rm -f "${lock}"; exit 2; }}
+    [ -z "$warned" ] || break
     [ "$status" -ne 0 ] || exit 0
     restarts=$((restarts + 1))
     [ "$restarts" -le {restarts} ] || exit "$status"
     echo "status $status; restart $restarts of {restarts}" >&2
 done
+{again}
 """
 
 

@@ -65,9 +65,16 @@ def _row(name: str, problems: list[str], fine: str, *, state: State = "fail") ->
     return Row(name, state, "; ".join(problems)) if problems else Row(name, "ok", fine)
 
 
+def _by_reason(reasons: Mapping[str, str]) -> list[str]:
+    """`n1, n2: reason`, one text for each reason."""
+    hosts: dict[str, list[str]] = {}
+    for host, reason in reasons.items():
+        hosts.setdefault(reason, []).append(host)
+    return [f"{', '.join(named)}: {reason}" for reason, named in hosts.items()]
+
+
 def _hosts(pool: Pool, silent: Mapping[str, str]) -> Row:
-    problems = [f"{host}: {reason}" for host, reason in silent.items()]
-    return _row("hosts answer", problems, f"{len(pool)} of {len(pool)}")
+    return _row("hosts answer", _by_reason(silent), f"{len(pool)} of {len(pool)}")
 
 
 def _software(answers: Answers) -> Row:
@@ -79,7 +86,9 @@ def _software(answers: Answers) -> Row:
 
 
 def _gpus(answers: Answers, pool: Pool) -> list[Row]:
-    errors = [f"{host}: {answer['gpus']['error']}" for host, answer in answers.items() if "error" in answer["gpus"]]
+    errors = _by_reason(
+        {host: answer["gpus"]["error"] for host, answer in answers.items() if "error" in answer["gpus"]}
+    )
     if errors:
         return [_row("GPUs", errors, "")]
     counts = {host: len(answer["gpus"]) for host, answer in answers.items()}
@@ -138,7 +147,7 @@ def _folders(answers: Answers, checkpoint_bytes: int) -> list[Row]:
     asked = {host: answer["save"] for host, answer in answers.items() if answer["save"] is not None}
     if not asked:
         return [Row("checkpoint folder", "warn", "not checked: no configuration given, or no `save` in it")]
-    errors = [f"{host}: {found['error']}" for host, found in asked.items() if "error" in found]
+    errors = _by_reason({host: found["error"] for host, found in asked.items() if "error" in found})
     if errors:
         return [_row("checkpoint folder", errors, "")]
     unseen = _unseen(answers)
@@ -167,7 +176,7 @@ def _data(answers: Answers) -> list[Row]:
     rows = []
     for prefix in next(iter(answers.values()))["data"]:
         found = {host: answer["data"][prefix] for host, answer in answers.items()}
-        problems = [f"{host}: {files['error']}" for host, files in found.items() if "error" in files]
+        problems = _by_reason({host: files["error"] for host, files in found.items() if "error" in files})
         if not problems:
             problems = differences({host: {k: str(v) for k, v in files.items()} for host, files in found.items()})
         size = next(iter(found.values())).get("bin", 0) / _GIGA

@@ -88,8 +88,8 @@ def write_meta(folder, model, release, *, shards=1, wide=True):
         else:
             _, _, layer, module = name.removesuffix(".weight").split(".", 3)
             theirs, dimension = MODULES[module]
-            tensor = neighbours(tensor) if theirs.endswith(("wq", "wk")) else tensor
-            whole[f"layers.{layer}.{theirs}.weight"] = (tensor, dimension)
+            rows = neighbours(tensor) if theirs.endswith(("wq", "wk")) else tensor
+            whole[f"layers.{layer}.{theirs}.weight"] = (rows, dimension)
     for rank in range(shards):
         part = {n: t if d is None else t.chunk(shards, d)[rank].clone() for n, (t, d) in whole.items()}
         torch.save(part, folder / f"consolidated.{rank:02d}.pth")

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 
 from neox.checkpoint.commit import prune_checkpoints
 from neox.checkpoint.manifest import Layout, Manifest, Progress, checkpoint_folder
-from neox.checkpoint.native import NativeReader, StoredTensor, Team, write_checkpoint
+from neox.checkpoint.native import AnnouncedTensor, NativeReader, StoredTensor, Team, write_checkpoint
 from neox.checkpoint.weights import weight_source
 from neox.errors import CheckpointError
 
@@ -141,3 +143,32 @@ def test_missing_checkpoints(tmp_path: Path) -> None:
     save(tmp_path, 4)
     with pytest.raises(CheckpointError, match="global_step4"):
         checkpoint_folder(tmp_path, 5)
+
+
+def test_announced_tensors_are_written_one_at_a_time(tmp_path: Path) -> None:
+    keys = [f"layers.{index}.x" for index in range(6)]
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    def tensors() -> Iterator[StoredTensor]:
+        for number, key in enumerate(keys):
+            assert not any(reference() is not None for reference in alive), "the one before is still in memory"
+            value = torch.full((5,), float(number))
+            alive.append(weakref.ref(value))
+            stored = StoredTensor("model", key, value)
+            del value
+            yield stored
+            del stored
+
+    folder = write_checkpoint(
+        tmp_path,
+        iteration=1,
+        tensors=tensors(),
+        manifest=manifest(1),
+        configs={},
+        team=Team(),
+        file_bytes=40,
+        announced=[AnnouncedTensor("model", key, torch.float32, torch.Size([5])) for key in keys],
+    )
+    reader = NativeReader(folder)
+    assert sorted(reader.manifest.files) == [f"model-00000-00{number}.safetensors" for number in range(3)]
+    assert [int(reader.tensor(key)[4]) for key in keys] == list(range(6))

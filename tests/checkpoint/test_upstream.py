@@ -7,6 +7,7 @@ import torch
 from checkpoint.upstream_folders import loss_of, one_golden, tp2_golden, write_pipeline, write_sequential
 from golden_models import GOLDENS, canonical, read_run
 
+from neox.checkpoint import torch_file
 from neox.checkpoint.open import open_checkpoint
 from neox.checkpoint.upstream import UpstreamReader
 from neox.checkpoint.weights import weight_source
@@ -188,3 +189,23 @@ def test_open_says_what_it_found(tmp_path):
     torch.save({"module": {}, "param_shapes": []}, tmp_path / "zero_pp_rank_0_mp_rank_00_model_states.pt")
     with pytest.raises(CheckpointError, match=r"optim_states\.pt with its weights are missing"):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["seq_tp2", "pipe_tp2", "zero1_dp2"])
+def test_every_byte_is_read_once(monkeypatch, name):
+    stretches = []
+    fill = torch_file._fill
+    monkeypatch.setattr(
+        torch_file,
+        "_fill",
+        lambda file, view, offset: stretches.append((file.name, offset, len(view))) or fill(file, view, offset),
+    )
+    reader = open_checkpoint(GOLDENS / name)
+    before = len(stretches)
+    sizes = [reader.tensor(key).nbytes for key in reader.names()]
+    read = stretches[before:]
+    assert sum(size for *_, size in read) >= sum(sizes)
+    ends = {}
+    for path, offset, size in sorted(read):
+        assert offset >= ends.get(path, 0), f"{path} at {offset}"
+        ends[path] = offset + size

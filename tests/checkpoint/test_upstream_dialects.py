@@ -65,6 +65,7 @@ def test_a_gate_without_its_projection_is_refused(tmp_path):
 TRANSFORMER_ENGINE = {
     "mlp.linear1.": "mlp.fc1_",
     "mlp.linear2.": "mlp.fc2_",
+    "post_attention_layernorm.scale": "mlp.layer_norm_weight",
     "post_attention_layernorm.": "mlp.layer_norm_",
     "attention.query_key_value.": "attention.qkv.",
     "attention.dense.": "attention.proj.",
@@ -150,6 +151,19 @@ def test_the_number_of_heads_must_be_known_where_rows_go_from_head_to_head(tmp_p
         UpstreamReader(tmp_path / "a", gqa_layout="interleaved").tensor(canonical(QKV))
     write_sequential(tmp_path / "b", by_rank, args={"num_attention_heads": 4})
     assert UpstreamReader(tmp_path / "b", gqa_layout="interleaved").tensor(canonical(QKV)).shape == (64, 32)
+
+
+def test_a_file_beside_the_weights_says_how_rows_go(tmp_path):
+    config, _, by_rank = tp2_golden("llama_gqa")
+    write_sequential(tmp_path / "a", by_rank, config)
+    told = UpstreamReader(tmp_path / "a", gqa_layout="interleaved").tensor(canonical(QKV))
+    assert not torch.equal(UpstreamReader(tmp_path / "a").tensor(canonical(QKV)), told)
+    hint = tmp_path / "a" / "configs" / "rows.yml"
+    hint.write_text("gqa-layout: interleaved")
+    assert torch.equal(open_checkpoint(tmp_path / "a").tensor(canonical(QKV)), told)
+    hint.write_text("gqa-layout: by head")
+    with pytest.raises(CheckpointError, match="gqa_layout is by head; expected contiguous or interleaved"):
+        open_checkpoint(tmp_path / "a").tensor(canonical(QKV))
 
 
 def test_a_reward_head_is_whole(tmp_path):

@@ -1,4 +1,4 @@
-"""Checkpoints that DeepSpeed itself writes of models named as GPT-NeoX names them, and the state they were written from."""
+"""Checkpoints that DeepSpeed itself writes of models with GPT-NeoX's names, and the state they were written from."""
 
 import dataclasses
 from functools import partial
@@ -12,19 +12,25 @@ from torch import nn
 from torch.nn.functional import linear
 from training.layouts import allow_fp16_on_cpu
 
-from neox.config import config_from_dict
+from neox.config import ModelConfig, config_from_dict
 from neox.model.block import TransformerBlock
 from neox.model.build import build_decoder
 from neox.model.embedding import Embedding
 from neox.model.init import initial_tensor
 from neox.model.layers import Decoder, FinalNorm
 from neox.model.loss import Targets
+from neox.parallel.mesh import Mesh, build_mesh
 from neox.training.engine import join_deepspeed
 from neox.training.optimizers.build import parameter_groups
 
 CONFIG = config_from_dict(BASE | {"pos_emb": "learned", "gpt_j_residual": True, "no_weight_tying": True})
+DIVIDED = config_from_dict(
+    BASE | {"pos_emb": "learned", "gpt_j_residual": False, "no_weight_tying": True, "model_parallel_size": 2},
+    world_size=2,
+)
 STEPS = 2
-CLIENT_STATE = {"iteration": STEPS, "args": {"num_attention_heads": 4, "model_parallel_size": 1}}
+SIZES = {"num_attention_heads": 4, "num_layers": 2}
+CLIENT_STATE = {"iteration": STEPS, "args": SIZES | {"model_parallel_size": 1}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +51,9 @@ class Saved:
 class Named(nn.Module):
     """A model whose parameters are `sequential.<index>.<name>`."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, config: ModelConfig, mesh: Mesh) -> None:
         super().__init__()
-        weights = partial(initial_tensor, config=CONFIG.model, seed=seed)
-        decoder = build_decoder(CONFIG.model, source=lambda name, shape: weights(name, shape))
+        decoder = build_decoder(config, source=partial(initial_tensor, config=config, seed=1), mesh=mesh)
         self.sequential = decoder.layers
         object.__setattr__(self, "decoder", decoder)
 
@@ -65,28 +70,38 @@ def loss_of(decoder: Decoder, tokens_BS: torch.Tensor) -> torch.Tensor:
 def save_runs(root: Path, cases: dict[str, dict[str, Any]]) -> dict[str, Saved]:
     """Train every case for two steps on this rank of a data-parallel group, and save it."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    mesh = build_mesh(CONFIG)
     allow_fp16_on_cpu()
     join_deepspeed()
-    return {name: _save_run(root / name, **case) for name, case in cases.items()}
+    return {name: _save_run(root / name, settings, CONFIG.model, mesh) for name, settings in cases.items()}
 
 
-def _save_run(root: Path, *, settings: dict[str, Any], seed: int = 1) -> Saved:
+def save_divided(root: Path, cases: dict[str, dict[str, Any]]) -> dict[str, Saved]:
+    """The same on this rank of a tensor-parallel group; the states are what this rank has of them."""
+    torch.set_num_threads(1)
+    mesh = build_mesh(DIVIDED)
+    join_deepspeed()
+    return {name: _save_run(root / name, settings, DIVIDED.model, mesh) for name, settings in cases.items()}
+
+
+def _save_run(root: Path, settings: dict[str, Any], config: ModelConfig, mesh: Mesh) -> Saved:
     import deepspeed
 
-    model = Named(seed)
+    model = Named(config, mesh)
     groups = parameter_groups(((f"layers.{n.partition('.')[2]}", p) for n, p in model.named_parameters()), 0.1)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=torch.optim.AdamW(groups, lr=1e-3),
         config={"train_micro_batch_size_per_gpu": 2, "zero_allow_untested_optimizer": True} | settings,
+        mpu=mesh if mesh.tensor_size > 1 else None,
         dist_init_required=False,
     )
-    generator = torch.Generator().manual_seed(100 * seed + dist.get_rank())
+    generator = torch.Generator().manual_seed(mesh.data_rank)
     for _ in range(STEPS):
         engine.backward(engine(torch.randint(64, (2, 17), generator=generator)))
         engine.step()
-    engine.save_checkpoint(str(root), client_state=CLIENT_STATE)
+    client = CLIENT_STATE | {"args": SIZES | {"model_parallel_size": mesh.tensor_size}}
+    engine.save_checkpoint(str(root), client_state=client)
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     fields = {name: value for name, value in vars(scaler).items() if name.startswith(("cur", "last"))} if scaler else {}
     return Saved(root / f"global_step{STEPS}", _states(engine), fields)

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hosts import ADDRESSES, NAMES, Cluster
-
 from cluster.conftest import Training
+from hosts import ADDRESSES, NAMES, Cluster
 
 PYTHON = sys.executable
 
@@ -83,6 +82,7 @@ def test_pods(two: Cluster, training: Training) -> None:
     save, path = two.folder / "pods", two.folder / "tiny.yaml"
     script = training.script(save)
     words = ["kubernetes", *script[1:], "--nodes", "2", "--gpus-per-node", "0", "--image", "neox", "--name", "tiny"]
+    words += ["--max-restarts", "0"]
     status, out = two.run("n1", PYTHON, "-m", "neox.launch", *words, "-o", path)
     assert status == 0, out
     container = yaml.safe_load(path.read_text())["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"][
@@ -108,7 +108,7 @@ def test_generate_and_evaluate_are_told_the_same(ssh: Cluster, training: Trainin
     prompts.write_text("def main\nimport os\n")
     script = [str(Path(training.script(source)[0]).with_name("generate.py")), str(training.config), f"load={source}"]
     kind = ["--text_gen_type", "input-file", "-i", str(prompts), "-o", str(samples), "-m", "4"]
-    over = [f"hostfile={ssh.folder / 'hosts'}", "launcher=ssh", "tokenizer_type=CharLevelTokenizer"]
+    over = [f"hostfile={ssh.folder / 'hosts'}", "launcher=ssh"]
     status, out = ssh.run("n1", PYTHON, *script, *over, *kind)
     assert status == 0, out
     assert "launcher: ssh; 2 processes on 2 hosts" in out

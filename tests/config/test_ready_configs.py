@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 SETUP = CONFIGS / "local_setup.yml"
 
-OVERLAYS = ("local_setup", "lora")
+OVERLAYS = ("local_setup", "lora", "dpo")
 """Files that are added to that of a model."""
 
 NAMES = sorted(

@@ -268,7 +268,6 @@ def test_readme_refuses_what_the_configuration_refuses() -> None:
         "moe_num_experts=8",
         "attention_config=[[[mamba], 12]]",
         "use_mup=true",
-        "train_impl=dpo",
         "pos_emb=rpe",
     ):
         with pytest.raises(Exception, match="not supported yet"):

@@ -120,7 +120,6 @@ def train_watched(flat: dict[str, Any], world_size: int) -> list[tuple[float, tu
 
 
 ENGINES: dict[str, tuple[int, dict[str, Any]]] = {
-    "plain": (1, {}),
     "zero2": (2, {"zero_optimization": {"stage": 2}}),
     "pipeline": (2, {"pipe_parallel_size": 2}),
 }

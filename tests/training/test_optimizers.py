@@ -121,7 +121,7 @@ def whole_and_resumed(flats: dict[str, dict[str, Any]], world_size: int) -> dict
 def weights_and_losses(config: Config, mesh: Mesh) -> tuple[dict[str, np.ndarray], list[float]]:
     engine, progress, schedule = start_or_resume(config, mesh)
     loader = train_loader(config, mesh, build_datasets(config), progress.consumed_samples)
-    recorder = Saver(engine)
+    recorder = SavingRecorder(engine)
     recorder.schedule = schedule
     training_loop(Run(engine, loader, batch_maker(config, mesh), schedule, STEPS), progress, [recorder])
     weights = {t.key: t.value.float().numpy() for t in owned_tensors(engine, with_optimizer=False)}

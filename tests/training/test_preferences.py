@@ -79,3 +79,17 @@ def test_a_run_goes_on_with_the_same_reference(
     found = trained(resumed, 1)
     assert found == expected[3:]
     assert logged(tmp_path) == found
+
+
+def test_every_figure_is_documented(one_process: tuple[str, dict[str, Any], list[dict[str, float]]]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    names = {name.partition("/")[2] for name in one_process[2][0]}
+    assert not [name for name in names if f"`{name}`" not in page and f"`train/{name}`" not in page]
+
+
+@pytest.mark.parametrize("in_fp32", [True, False])
+def test_half_precision(tmp_path: Path, in_fp32: bool) -> None:
+    flat = settings(tmp_path, "dpo") | {"precision": "bfloat16", "dpo_fp32": in_fp32}
+    steps = trained(flat | {"save": str(tmp_path / "save"), "checkpoint_factor": 100}, 1)
+    assert steps[0]["train/margins"] == 0.0
+    assert steps[-1]["train/lm_loss"] < 0.6 < steps[0]["train/lm_loss"]

@@ -173,3 +173,17 @@ def test_a_single_completion_has_no_others() -> None:
 def test_no_server() -> None:
     with pytest.raises(DataError, match=r"Connection refused; start it, or mend online_dataserver_ips"):
         ask("127.0.0.1", 9, "train", 10)
+
+
+def test_the_server_of_the_documentation(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "fine-tuning.md").read_text(encoding="utf-8")
+    program = page.partition("```python\n")[2].partition("```")[0]
+    started: list[socketserver.TCPServer] = []
+    monkeypatch.setattr(socketserver.BaseServer, "serve_forever", lambda server, *_: started.append(server))
+    exec(program.replace('("localhost", 10000)', '("127.0.0.1", 0)'), {"__name__": "example"})
+    monkeypatch.undo()
+    threading.Thread(target=started[0].serve_forever, daemon=True).start()
+    prompts = ask("127.0.0.1", int(started[0].server_address[1]), "train", 100)
+    assert [(len(p.prefix), len(p.completions), len(p.rewards)) for p in prompts] == [(5, 4, 4)] * 8
+    started[0].shutdown()
+    started[0].server_close()

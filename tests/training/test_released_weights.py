@@ -1,11 +1,14 @@
 """Training that starts from somebody else's weights: a Hugging Face folder, GPT-NeoX-20B's slim folder."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from golden_models import GOLDENS, read_golden
 from ranks import run_ranks
@@ -19,6 +22,8 @@ from neox.checkpoint.open import open_checkpoint
 from neox.config import Config, config_from_dict
 from neox.data import IndexedDatasetWriter
 from neox.errors import CheckpointError, ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 MODEL = {
     "num_layers": 2,
@@ -182,8 +187,6 @@ def test_a_mistyped_folder_is_told_instead_of_missing_sizes(tmp_path: Path) -> N
 
 
 def test_a_tokenizer_larger_than_the_rows_is_refused(tmp_path: Path, huggingface: Path, few_tokens: str) -> None:
-    import tokenizers
-
     from neox.training.preflight import prepare
 
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(140)}, unk_token="w0"))
@@ -202,3 +205,26 @@ def test_a_native_checkpoint_describes_its_model_too(tmp_path: Path, few_tokens:
     assert resolve(without).model == resolve(flat).model
     with pytest.raises(ConfigError, match=r"rotary_pct: 1\.0 is not what .*manifest\.json has, 0\.25"):
         resolve(flat | {"rotary_pct": 1.0})
+
+
+def test_text_is_generated_from_the_folder_alone(tmp_path: Path, slim: Path) -> None:
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(62)}, unk_token="w0"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backend.add_special_tokens(["<|endoftext|>", "<|padding|>"])
+    backend.save(str(tmp_path / "words.json"))
+    names = {"tokenizer_type": "HFTokenizer", "vocab_file": str(tmp_path / "words.json")}
+    (tmp_path / "prompts.txt").write_text("w5 w6 w7\n")
+    flat = names | {"load": str(slim), "temperature": 0.0, "maximum_tokens": 4, "train_micro_batch_size_per_gpu": 1}
+    flat |= {"text_gen_type": "input-file", "sample_input_file": str(tmp_path / "prompts.txt")}
+    (tmp_path / "run.yml").write_text(json.dumps(flat))
+    texts = []
+    for tensor in (1, 2):
+        out = tmp_path / f"{tensor}.jsonl"
+        words = [sys.executable, "generate.py", str(tmp_path / "run.yml"), f"model_parallel_size={tensor}"]
+        done = subprocess.run(
+            [*words, f"sample_output_file={out}"], cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        texts.append(json.loads(out.read_text())["text"])
+    assert texts[0]
+    assert texts[0] == texts[1]

@@ -29,6 +29,8 @@ def family_of(config: ModelConfig, architecture: str | None = None) -> Family:
         CheckpointError: none can, or the named one cannot; names the key that stands in the way, of the
             nearest family.
     """
+    if config.has_reward_head:
+        raise CheckpointError("train_impl: rm: a reward model cannot be exported to Hugging Face; it stays as it is")
     fitting = [family for family in FAMILIES.values() if not family.obstacles(config)]
     if architecture is not None:
         obstacles = FAMILIES[architecture].obstacles(config)

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
+from neox.checkpoint.ahead import read_ahead
 from neox.checkpoint.huggingface.detect import family_of
 from neox.checkpoint.huggingface.family import Family
 from neox.checkpoint.huggingface.files import INDEX, SINGLE
+from neox.checkpoint.memory import return_freed
 from neox.checkpoint.native import DTYPE_NAMES
 from neox.checkpoint.progress import progress_bar
 from neox.checkpoint.tensor_file import TensorFileWriter
@@ -88,6 +90,7 @@ class HuggingFaceWriter:
         entries: dict[str, str] = {}
         read = weight_source(weights)
         names = progress_bar(self._shapes, {name: self._bytes(name) for name in self._shapes}, "writing")
+        tensors = read_ahead((name, read(name, self._shapes[name])) for name in names)
         for file, ours in self._plan.items():
             announced: dict[str, torch.Tensor] = {}
             for name in ours:
@@ -95,13 +98,16 @@ class HuggingFaceWriter:
             described = {name: (self._dtype, tensor.shape) for name, tensor in announced.items()}
             with TensorFileWriter(folder / file, described, metadata={"format": "pt"}) as writer:
                 for name in ours:
-                    assert next(names) == name, "files follow the order of the map"
-                    parts = self._theirs(name, read(name, self._shapes[name]))
+                    found, whole = next(tensors)
+                    assert found == name, "files follow the order of the map"
+                    parts = self._theirs(name, whole)
+                    del whole
                     while parts:  # a part is gone before the next is converted
                         theirs = next(iter(parts))
                         writer.write(theirs, parts.pop(theirs).to(self._dtype))
+                    return_freed()
             entries |= dict.fromkeys(announced, file)
-        next(names, None)  # ends the bar
+        next(tensors, None)  # ends the bar
         if len(self._plan) > 1:
             _write_json(folder / INDEX, {"metadata": {"total_size": sum(self.files().values())}, "weight_map": entries})
 

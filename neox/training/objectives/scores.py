@@ -17,7 +17,7 @@ def scored(inputs: ModelInputs) -> torch.Tensor:
 
 
 def token_scores(model: Model, inputs: ModelInputs, *, in_fp32: bool, dtype: torch.dtype) -> torch.Tensor:
-    """Log-probability of each next token, [B, S], 0 where it does not count.
+    """Log-probability of each next token, fp32 [B, S], 0 where it does not count.
 
     Args:
         model: the trained model or the reference.
@@ -26,7 +26,7 @@ def token_scores(model: Model, inputs: ModelInputs, *, in_fp32: bool, dtype: tor
         dtype: of the model.
     """
     scores_BS = model(inputs.tokens_BS, Labels(inputs.targets.labels_BS), inputs.context)
-    return (scores_BS if in_fp32 else scores_BS.to(dtype)) * scored(inputs).to(scores_BS.dtype)
+    return (scores_BS if in_fp32 else scores_BS.to(dtype).float()) * scored(inputs)
 
 
 class Reference:

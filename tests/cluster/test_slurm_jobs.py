@@ -1,0 +1,53 @@
+"""Batch files of `neox.launch slurm` in a real Slurm: submitted, warned, requeued, resumed."""
+
+import re
+import sys
+
+from cluster.conftest import Training, losses
+from hosts import Cluster, wait_until
+
+PYTHON = sys.executable
+
+
+def submit(made: Cluster, words: list[str]) -> str:
+    """Write and submit a batch file; return the job's number."""
+    flags = ["--nodes", "2", "--gpus-per-node", "0", "--tasks-per-node", "1", "--submit"]
+    script = ["--script", words[0], *words[1:]]
+    status, out = made.run("n1", PYTHON, "-m", "neox.launch", "slurm", *script, *flags)
+    assert status == 0, out
+    found = re.search(r"^job (\d+)$", out, flags=re.MULTILINE)
+    assert found, out
+    return found[1]
+
+
+def state_of(made: Cluster, job: str) -> str:
+    """Slurm's word for where the job stands."""
+    out = made.run("n1", "scontrol", "show", "job", job)[1]
+    found = re.search(r"JobState=(\w+)", out)
+    return found[1] if found else out
+
+
+def test_a_job_that_is_warned_goes_on_where_it_was(slurm: Cluster, training: Training) -> None:
+    save = slurm.folder / "long"
+    words = training.script(save, "train_iters=600", "checkpoint_factor=10", f"load={save}", "preflight=true")
+    job = submit(slurm, [*words, "--name", "long"])
+    wait_until((save / "latest").is_file, "the first checkpoint", 120)
+    # What Slurm itself does at --signal's time, which it only checks once a minute.
+    status, out = slurm.run("n1", "scancel", "--batch", "--signal=USR1", job)
+    assert status == 0, out
+    wait_until(lambda: state_of(slurm, job) == "COMPLETED", "the end of the job", 180)
+    log = (slurm.folder / "logs" / f"long-{job}.out").read_text()
+    assert (save / "latest").read_text() == "global_step600"
+    assert log.count("launcher: Slurm; rank 0 of 2") == 2, log
+    assert log.count("2 hosts: go") == 2, log
+    assert len(losses(save)) >= 600
+    assert "Restarts=1" in slurm.run("n1", "scontrol", "show", "job", job)[1]
+
+
+def test_a_mistake_is_not_tried_again(slurm: Cluster, training: Training) -> None:
+    save = slurm.folder / "never"
+    job = submit(slurm, [*training.script(save, f"load={save}", "data_path=nowhere"), "--name", "mistake"])
+    wait_until(lambda: state_of(slurm, job) == "FAILED", "the end of the job", 120)
+    log = (slurm.folder / "logs" / f"mistake-{job}.out").read_text()
+    assert log.count("nowhere.idx: no such file") == 1
+    assert "restart" not in log

@@ -1,0 +1,127 @@
+"""Conversations to documents, labels and rewards."""
+
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from neox.data import IndexedDataset
+from neox.data.chat import ChatOptions, preprocess_chat
+from neox.errors import DataError
+
+ROOT = Path(__file__).parents[2]
+WORDS = ["<end>", "user", "assistant", ":", "one", "two", "three", "four", "[unk]"]
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }} : {{ m.content }} {% endfor %}"
+    "{% if add_generation_prompt %}assistant : {% endif %}"
+)
+CHAT = [
+    {"role": "user", "content": "one"},
+    {"role": "assistant", "content": "two two"},
+    {"role": "user", "content": "three"},
+    {"role": "assistant", "content": "four"},
+]
+
+
+def save_tokenizer(folder: Path, template: str | None = TEMPLATE) -> Path:
+    """A tokenizer of a few words."""
+    backend = Tokenizer(models.WordLevel({word: n for n, word in enumerate(WORDS)}, unk_token="[unk]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", unk_token="[unk]")
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def written(folder: Path, tokenizer: Path, *lines: Any, **changes: Any) -> Path:
+    """Preprocess lines; return the prefix."""
+    (folder / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = {"output_prefix": str(folder / "out"), "tokenizer_path": str(tokenizer), "progress": False} | changes
+    preprocess_chat(ChatOptions(inputs=[folder / "in.jsonl"], **options))
+    return folder / "out"
+
+
+def words(row: np.ndarray) -> str:
+    return " ".join("-" if token < 0 else WORDS[token] for token in row)
+
+
+WHOLE = "user : one assistant : two two user : three assistant : four <end>"
+
+
+@pytest.mark.parametrize(
+    ("changes", "tokens", "labels"),
+    [
+        ({}, WHOLE, "- - - - - two two - - - - - four <end>"),
+        ({"only_last": True}, WHOLE, "- - - - - - - - - - - - four <end>"),
+        ({"generation_role": "user"}, WHOLE, "user : one - - - - user : three - - - -"),
+        ({"no_mask": True}, WHOLE, WHOLE),
+        ({"for_rm": True}, WHOLE + " <end>", "- - - - - - - - - - - - - - <end>"),
+    ],
+)
+def test_labels(tmp_path: Path, tokenizer: Path, changes: dict[str, Any], tokens: str, labels: str) -> None:
+    if changes.get("generation_role") == "user":
+        # What announces an answer is always the assistant's here, so it is left out.
+        tokenizer = save_tokenizer(tmp_path / "tokenizer", TEMPLATE.partition("{% if")[0])
+    prefix = written(tmp_path, tokenizer, {"conversation": CHAT}, **changes)
+    assert words(IndexedDataset(f"{prefix}_conversation_document")[0]) == tokens
+    assert words(IndexedDataset(f"{prefix}_conversation_label_document")[0]) == labels
+
+
+@pytest.mark.parametrize(("binary", "rewards"), [(False, [0.5, -2.0, 0.0, 1.0]), (True, [1.0, -1.0, -1.0, 1.0])])
+def test_pairs_and_rewards(tmp_path: Path, tokenizer: Path, binary: bool, rewards: list[float]) -> None:
+    lines = [{"good": CHAT[:2], "bad": CHAT[2:], "rating": rating} for rating in (0.5, -2, 0, True)]
+    changes = {"jsonl_keys": ["good", "bad"], "reward_key": "rating", "binary_reward": binary}
+    prefix = written(tmp_path, tokenizer, *lines, **changes)
+    for key in ("good", "bad"):
+        stored = IndexedDataset(f"{prefix}_{key}_reward_document")
+        assert stored.dtype == np.float32
+        assert [row.tolist() for row in stored] == [[reward] for reward in rewards]
+        assert len(IndexedDataset(f"{prefix}_{key}_document")) == 4
+        assert IndexedDataset(f"{prefix}_{key}_label_document").dtype == np.int32
+
+
+@pytest.mark.parametrize(
+    ("line", "changes", "message"),
+    [
+        ({"other": 1}, {}, r"in\.jsonl:1: key 'conversation' is missing; the line has other"),
+        ({"conversation": "one"}, {}, r"in\.jsonl:1: key 'conversation' is no conversation"),
+        ({"conversation": []}, {}, "is no conversation"),
+        ({"conversation": [{"role": "user"}]}, {}, "is no conversation"),
+        ({"conversation": CHAT, "r": "good"}, {"reward_key": "r"}, r"in\.jsonl:1: key 'r' is no reward"),
+    ],
+)
+def test_mistakes(tmp_path: Path, tokenizer: Path, line: Any, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        written(tmp_path, tokenizer, line, **changes)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_templates_that_do_not_do(tmp_path: Path, tokenizer: Path) -> None:
+    with pytest.raises(DataError, match="no conversation; nothing to write"):
+        written(tmp_path, tokenizer)
+    bare = save_tokenizer(tmp_path / "bare", None)
+    with pytest.raises(DataError, match="has no chat template; use the tokenizer of a chat model"):
+        written(tmp_path, bare, {"conversation": CHAT})
+    backwards = save_tokenizer(tmp_path / "backwards", "{% for m in messages|reverse %}{{ m.content }} {% endfor %}")
+    with pytest.raises(DataError, match="changes earlier turns when turn 2 is added"):
+        written(tmp_path, backwards, {"conversation": CHAT})
+    with pytest.raises(DataError, match="neither a folder with a tokenizer nor a model name"):
+        written(tmp_path, tmp_path / "nowhere", {"conversation": CHAT})
+
+
+def test_the_command(tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in.jsonl").write_text(json.dumps({"conversation": CHAT}) + "\n")
+    script = runpy.run_path(str(ROOT / "tools/datasets/preprocess_data_with_chat_template.py"))
+    arguments = ["--input", tmp_path / "in.jsonl", "--output-prefix", tmp_path / "out", "--tokenizer-path", tokenizer]
+    script["main"]([*map(str, arguments), "--only-last", "--workers", "2"])
+    assert capsys.readouterr().out == f"{tmp_path}/out_conversation_document.bin: 2 labelled tokens\n"

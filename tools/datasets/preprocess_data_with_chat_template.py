@@ -1,0 +1,52 @@
+"""Tokenize conversations into documents, labels and rewards: for fine-tuning, dpo, rm and kto.
+
+    python tools/datasets/preprocess_data_with_chat_template.py --input pairs.jsonl --output-prefix data/train \
+        --tokenizer-path chat-model --jsonl-keys chosen rejected --only-last
+
+writes data/train_chosen_document and data/train_chosen_label_document, and the same for rejected; with --reward-key
+also data/train_<key>_reward_document. A line holds {"chosen": [{"role": "user", "content": "..."}...], ...}.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from neox.data.chat import ChatOptions, preprocess_chat
+from neox.launch.main import script_main
+
+
+def parse_arguments(argv: list[str]) -> ChatOptions:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--input", nargs="+", required=True, help=".jsonl (or .gz, .zst) files or folders, commas allowed")
+    add("--jsonl-keys", nargs="+", default=["conversation"], help="fields with conversations, each to its own files")
+    add("--tokenizer-path", required=True, help="folder or name of a Hugging Face tokenizer with a chat template")
+    add("--no-mask", action="store_true", help="label every token")
+    add("--for-rm", action="store_true", help="label the end only, where a reward model gives its reward")
+    add("--generation-role", default="assistant", help="whose turns are labelled")
+    add("--only-last", action="store_true", help="label the last turn only")
+    add("--reward-key", help="field with the reward of a line")
+    add("--binary-reward", action="store_true", help="1 for a reward above 0 or true, else -1")
+    add("--num-docs", type=int, help="stop after so many lines")
+    add("--ftfy", action="store_true", help="mend broken Unicode first")
+    add("--output-prefix", required=True, help="path without '_<key>_document.bin'")
+    add("--dataset-impl", default="mmap", choices=["mmap"], help="format of the index; only mmap is written")
+    add("--workers", type=int, default=1, help="accepted; the tokenizer uses threads of its own")
+    add("--log-interval", type=int, default=1000, help="lines between updates of the progress bar")
+    options = vars(parser.parse_args(argv))
+    del options["dataset_impl"], options["workers"]
+    inputs = [path for group in options.pop("input") for path in group.split(",") if path]
+    return ChatOptions(inputs=inputs, **options)
+
+
+def main(argv: list[str]) -> None:
+    """Tokenize, and say what was written."""
+    for prefix, labelled in preprocess_chat(parse_arguments(argv)).items():
+        print(f"{prefix}.bin: {labelled:,} labelled tokens")
+
+
+if __name__ == "__main__":
+    sys.exit(script_main(main))
