@@ -1,17 +1,15 @@
 """What model a checkpoint holds, as it says itself: the flat keys of the architecture, from every format."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from neox.checkpoint.lora import MergedWeights
 from neox.checkpoint.native import NativeReader
-from neox.checkpoint.upstream import UpstreamReader
 from neox.checkpoint.weights import WeightReader
 from neox.config import ModelConfig, config_from_dict
 from neox.config.model import OTHER_KEYS
 from neox.config.schema import places
-from neox.config.yaml_files import merge, normalise_key, problems_of
+from neox.config.yaml_files import normalise_key
 from neox.errors import CheckpointError, ConfigError
 
 TYPE_SECTIONS = ("fp16", "bf16")
@@ -48,31 +46,22 @@ def model_config_of(reader: WeightReader) -> ModelConfig:
 
 def saved_keys(reader: WeightReader) -> dict[str, Any]:
     """Flat keys of the model as a checkpoint describes itself; empty where it does not."""
+    return of_sections(saved_config(reader), ("model",))
+
+
+def saved_config(reader: WeightReader) -> dict[str, Any]:
+    """All flat keys that a checkpoint holds of its run; empty where it holds none."""
     if isinstance(reader, MergedWeights):
-        return saved_keys(reader.reader)
+        return saved_config(reader.reader) | {"lora": None}
     if isinstance(reader, NativeReader):
-        return _of_model(reader.manifest.config)
-    if isinstance(reader, UpstreamReader):
-        folder = reader.folder
-        beside = sorted((folder / "configs").glob("*.yml")) or sorted((folder.parent / "configs").glob("*.yml"))
-        return keys_of_files(beside)
-    return _of_model(reader.config_keys()) if isinstance(reader, Described) else {}
+        return dict(reader.manifest.config)
+    return reader.config_keys() if isinstance(reader, Described) else {}
 
 
-def keys_of_files(paths: Sequence[Path]) -> dict[str, Any]:
-    """Keys of the model in YAML files, without those of the run around it.
-
-    Raises:
-        ConfigError: a file is no YAML, or two contradict each other.
-    """
-    merged = merge(paths, ())
-    problems_of(merged).raise_any()
-    return _of_model(merged.values)
-
-
-def _of_model(flat: dict[str, Any]) -> dict[str, Any]:
-    """The keys that shape a model; those that cannot be honoured stay, to be refused by name."""
-    known = {place.key for place in places("model")} | {key.name for key in OTHER_KEYS} | set(TYPE_SECTIONS)
+def of_sections(flat: dict[str, Any], sections: Sequence[str]) -> dict[str, Any]:
+    """The keys of some sections, and those of a model that cannot be honoured, to be refused by name."""
+    known = {place.key for section in sections for place in places(section)}
+    known |= {key.name for key in OTHER_KEYS} | set(TYPE_SECTIONS)
     return {key: value for key, value in flat.items() if normalise_key(key) in known}
 
 

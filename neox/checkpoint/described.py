@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from neox.checkpoint.architecture import TYPE_SECTIONS, Described, blocks_of
+from neox.checkpoint.architecture import Described, blocks_of, of_sections, saved_config
 from neox.checkpoint.lora import MergedWeights, merged
 from neox.checkpoint.manifest import Progress
 from neox.checkpoint.native import NativeReader
@@ -12,8 +12,6 @@ from neox.checkpoint.open import open_checkpoint
 from neox.checkpoint.upstream import UpstreamReader
 from neox.checkpoint.weights import WeightReader
 from neox.config import Config, config_from_dict, load_config
-from neox.config.schema import places
-from neox.config.yaml_files import merge, normalise_key, problems_of
 from neox.errors import CheckpointError, ConfigError
 
 SECTIONS = ("model", "tokenizer", "data")
@@ -38,7 +36,7 @@ def open_described(folder: Path, config_files: Sequence[str | Path] = ()) -> tup
     weights = merged(open_checkpoint(folder, gpt_j_residual=given.model.gpt_j_residual if given else None))
     if given is not None:
         return weights, given.with_vocabulary(weights.padded_vocab_size)
-    keys = saved_config(weights)
+    keys = _described(weights)
     if not keys:
         raise CheckpointError(
             f"{weights.folder}: holds no configuration of its model; give the one of the training run (--config_file)"
@@ -52,15 +50,11 @@ def open_described(folder: Path, config_files: Sequence[str | Path] = ()) -> tup
         raise CheckpointError(f"{weights.folder}: no model can be built from its configuration: {problems}") from None
 
 
-def saved_config(reader: WeightReader) -> dict[str, Any]:
-    """Flat keys that a checkpoint holds of itself; empty where it holds none."""
-    if isinstance(reader, MergedWeights):
-        return saved_config(reader.reader) | {"lora": None}
-    if isinstance(reader, NativeReader):
-        return dict(reader.manifest.config)
+def _described(reader: WeightReader) -> dict[str, Any]:
+    """What a checkpoint holds of itself, without what was only about a run of GPT-NeoX's."""
     if isinstance(reader, UpstreamReader):
-        return _upstream_keys(reader.folder)
-    return described_keys(reader) if isinstance(reader, Described) else {}
+        return of_sections(saved_config(reader), SECTIONS)
+    return described_keys(reader) if isinstance(reader, Described) else saved_config(reader)
 
 
 def described_keys(reader: Described) -> dict[str, Any]:
@@ -80,11 +74,3 @@ def progress_of(reader: WeightReader) -> Progress:
     if isinstance(reader, NativeReader):
         return reader.manifest.progress
     return Progress(iteration=reader.iteration) if isinstance(reader, UpstreamReader) else Progress()
-
-
-def _upstream_keys(folder: Path) -> dict[str, Any]:
-    beside = sorted((folder / "configs").glob("*.yml")) or sorted((folder.parent / "configs").glob("*.yml"))
-    contents = merge(beside, ())
-    problems_of(contents).raise_any()
-    known = {place.key for section in SECTIONS for place in places(section)} | set(TYPE_SECTIONS)
-    return {key: value for key, value in contents.values.items() if normalise_key(key) in known}

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-import yaml
 
 from neox.checkpoint.upstream_files import UpstreamFiles
 from neox.checkpoint.upstream_names import Dialect, dialect_of, translate
@@ -135,14 +134,10 @@ class UpstreamReader:
     def _saved_config(self) -> dict[str, Any]:
         folders = (self.folder / "configs", self.folder.parent / "configs")
         paths = next((found for folder in folders if (found := sorted(folder.glob("*.yml")))), [])
-        merged: dict[str, Any] = {}
-        for path in paths:
-            try:
-                content = yaml.safe_load(path.read_text())
-            except yaml.YAMLError:
-                raise CheckpointError(f"{path}: not valid YAML; mend it, the weights cannot be read without") from None
-            merged |= {str(name).replace("-", "_"): value for name, value in (content or {}).items()}
-        return merged
+        try:
+            return merge(paths, ()).values
+        except ConfigError as error:
+            raise CheckpointError(f"{error}; mend it, the weights cannot be read without") from None
 
     def _by_name(self, ranks: Sequence[dict[str, Part]]) -> dict[str, list[Part]]:
         """Parts by canonical name, from each tensor rank's under the names of the file."""

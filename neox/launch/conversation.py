@@ -15,6 +15,7 @@ Road = Literal["ssh", "srun"]
 """How a host is reached."""
 
 _MOST_AT_ONCE = 256
+_SECONDS_TO_END = 15.0
 
 
 @dataclass(frozen=True)
@@ -74,18 +75,24 @@ def _run(host: str, errand: Errand, road: Road, timeout: float) -> Reply:
         )
     except FileNotFoundError:
         return Reply(127, [], [f"{command[0]} is not installed here"])
-    complaints: list[str] = []
     assert process.stdout is not None
     assert process.stderr is not None
+    complaints: list[str] = []
     listener = threading.Thread(target=complaints.extend, args=(process.stderr,))
-    late = threading.Event()
-    clock = threading.Timer(timeout, _hang_up, (process, late))
-    clock.start()
     listener.start()
+    late = threading.Event()
+    clocks = [
+        threading.Timer(timeout, _hang_up, (process, late)),
+        # Where the line is cut nothing tells the far end, nor us.
+        threading.Timer(timeout + _SECONDS_TO_END, process.kill),
+    ]
+    for clock in clocks:
+        clock.start()
     lines = process.stdout.read().splitlines()
     listener.join()
     status = process.wait()
-    clock.cancel()
+    for clock in clocks:
+        clock.cancel()
     process.communicate()
     return Reply(None if late.is_set() else status, lines, [line.strip() for line in complaints if line.strip()])
 
@@ -99,4 +106,5 @@ def _command(host: str, errand: Errand, road: Road) -> tuple[list[str], dict[str
 
 def _hang_up(process: "subprocess.Popen[str]", late: threading.Event) -> None:
     late.set()
-    process.terminate()
+    if process.stdin is not None:
+        process.stdin.close()

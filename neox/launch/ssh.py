@@ -90,13 +90,12 @@ class _Connections:
 
     def wait(self) -> int:
         first_failure = 0
-        while any(process.poll() is None for process in self.processes):
-            failures = [process.returncode for process in self.processes if process.returncode]
-            if failures and not first_failure:
-                first_failure = failures[0]
+        while None in (statuses := [process.poll() for process in self.processes]):
+            if not first_failure and any(statuses):
+                first_failure = next(status for status in statuses if status)
                 self.hang_up()
             time.sleep(_POLL_SECONDS)
-        return exit_status(first_failure, [process.returncode for process in self.processes])
+        return exit_status(first_failure, [status for status in statuses if status])
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
         self.endings += signum in (signal.SIGINT, signal.SIGTERM)

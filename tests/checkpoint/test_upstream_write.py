@@ -1,7 +1,6 @@
 """Weights written in GPT-NeoX's layouts: against what GPT-NeoX itself wrote, and back."""
 
 import random
-import zipfile
 
 import numpy as np
 import pytest
@@ -10,20 +9,16 @@ import yaml
 from golden_models import GOLDENS, canonical, read_golden
 from model_families import GQA, KEYS, LLAMA
 from ranks import run_ranks
-from scripts_of import run_script
 from weight_sources import RandomWeights
 
 from neox.checkpoint.convert import write_native
 from neox.checkpoint.described import open_described, progress_of
-from neox.checkpoint.manifest import Progress
 from neox.checkpoint.open import open_checkpoint
-from neox.checkpoint.reshard import Target, reshard
-from neox.checkpoint.torch_archive import TorchFileWriter
 from neox.checkpoint.torch_file import load_torch_file
 from neox.checkpoint.upstream_write import UpstreamLayout, UpstreamWriter
 from neox.config import config_from_dict
 from neox.data.tokenizers import build_tokenizer
-from neox.errors import CheckpointError, ConfigError, UserError
+from neox.errors import CheckpointError, UserError
 from neox.model.layers import layer_list
 
 SHAPE = {
@@ -308,38 +303,6 @@ class CountedWeights(RandomWeights):
         return super().tensor(name)
 
 
-def test_torch_files_are_written_a_tensor_at_a_time(tmp_path):
-    whole = torch.randn(6, 5)
-    content = {
-        "view": torch.empty(2, 5, device="meta"),
-        "turned": torch.empty(5, 6, device="meta"),
-        "empty": torch.empty(0, 3, dtype=torch.float16, device="meta"),
-        "scalar": torch.empty((), dtype=torch.bfloat16, device="meta"),
-        "now": torch.arange(3),
-        "rest": (1, None, "text", [2.5]),
-    }
-    later = [whole[3:5], whole.t(), torch.empty(0, 3).half(), torch.tensor(2.0).bfloat16()]
-    with TorchFileWriter(tmp_path / "file.pt", content) as writer:
-        for tensor in later:
-            writer.write(tensor)
-    for options in ({"weights_only": True}, {"weights_only": True, "mmap": True}, {"weights_only": False}):
-        read = torch.load(tmp_path / "file.pt", **options)
-        assert all(torch.equal(read[key], tensor) for key, tensor in zip(content, later, strict=False))
-        assert (read["now"].tolist(), read["rest"]) == ([0, 1, 2], content["rest"])
-        assert read["turned"].is_contiguous()
-    assert zipfile.ZipFile(tmp_path / "file.pt").testzip() is None
-    with (
-        pytest.raises(AssertionError, match="1 tensors were announced and did not come"),
-        TorchFileWriter(tmp_path / "short.pt", {"a": torch.empty(1, device="meta")}),
-    ):
-        pass
-    with (
-        pytest.raises(AssertionError, match="was announced"),
-        TorchFileWriter(tmp_path / "other.pt", {"a": torch.empty(1, device="meta")}) as writer,
-    ):
-        writer.write(torch.zeros(2))
-
-
 def load_with_deepspeed(root):
     """Load both layouts by DeepSpeed's own code, as GPT-NeoX does; runs on a rank."""
     import deepspeed
@@ -379,51 +342,3 @@ def test_deepspeed_loads_what_is_written(tmp_path):
         assert iteration == 7
         assert parameters.keys() == set(weights.names())
         assert all(torch.equal(parameters[name], weights.tensor(name)) for name in parameters)
-
-
-def test_reshard_to_every_format(tmp_path):
-    config = config_from_dict(SHAPE | GQA)
-    weights = RandomWeights(config.model)
-    write_native(weights, config, tmp_path / "native")
-    native, config = open_described(tmp_path / "native")
-    for number, target in enumerate((Target("sequential", tensor=2), Target("pipeline", pipe=2))):
-        out = tmp_path / str(number)
-        planned, files = reshard(native, config, out, target=target, progress=progress_of(native), dry_run=True)
-        assert not out.exists()
-        folder, same = reshard(native, config, out, target=target, progress=progress_of(native))
-        assert (folder, same) == (planned, files)
-        same_weights(open_checkpoint(folder), weights)
-        # And on to ours again, from there.
-        upstream, described = open_described(out)
-        reshard(upstream, described, tmp_path / f"back{number}", target=Target("native"), progress=Progress())
-        same_weights(open_checkpoint(tmp_path / f"back{number}"), weights)
-    with pytest.raises(CheckpointError, match="is in our own format, which every layout loads as it is"):
-        reshard(native, config, tmp_path / "no", target=Target("native"), progress=progress_of(native))
-    half, _ = reshard(
-        native, config, tmp_path / "half", target=Target("native", precision="bf16"), progress=progress_of(native)
-    )
-    reader, described = open_described(half)
-    assert described.model.precision == reader.manifest.precision == "bfloat16"
-    assert all(torch.equal(reader.tensor(name), weights.tensor(name).bfloat16()) for name in weights.names())
-    for target, message in (
-        (Target("sequential", pipe=2), "--pipe_parallel_size: the sequential format has no stages"),
-        (Target("pipeline", tensor=0), "must be at least 1"),
-        (Target("native", tensor=2), "--format native: holds whole tensors"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            reshard(native, config, tmp_path / "no", target=target, progress=progress_of(native))
-    assert not (tmp_path / "no").exists()
-
-
-def test_reshard_script(tmp_path, capsys):
-    flags = ["--input_dir", GOLDENS / "pipe_tp2", "--output_dir", tmp_path / "out", "--format", "sequential"]
-    assert run_script("tools/ckpts/reshard.py", *flags, "--dry-run") == 0
-    said = capsys.readouterr().out
-    assert "mp_rank_00_model_states.pt\n" in said
-    assert "would write" in said
-    assert not (tmp_path / "out").exists()
-    assert run_script("tools/ckpts/reshard.py", *flags) == 0
-    assert "wrote" in capsys.readouterr().out
-    same_weights(open_checkpoint(tmp_path / "out"), open_checkpoint(GOLDENS / "pipe_tp2"))
-    assert run_script("tools/ckpts/reshard.py", *flags) == 2
-    assert capsys.readouterr().err.count("\n") == 1

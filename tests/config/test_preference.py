@@ -81,9 +81,7 @@ def test_what_does_not_go_together(objective: dict[str, Any], changes: dict[str,
 
 
 def test_stages_are_refused_with_what_to_do_instead() -> None:
-    with pytest.raises(
-        ConfigError, match=r"^pipe_parallel_size: 2 stages cannot run train_impl dpo; set it to 0"
-    ):
+    with pytest.raises(ConfigError, match=r"^pipe_parallel_size: 2 stages cannot run train_impl dpo; set it to 0"):
         config_from_dict(flat(DPO, pipe_parallel_size=2), world_size=2)
     assert config_from_dict(flat(DPO, pipe_parallel_size=1)).parallel.pipeline_stages == 1
 

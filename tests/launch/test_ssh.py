@@ -152,7 +152,6 @@ def test_srun_reaches_the_hosts_of_a_job(tmp_path: Path, monkeypatch: pytest.Mon
     fake.write_text('#!/bin/sh\nfor word; do case $word in --*) shift;; *) break;; esac; done\nexec "$@"\n')
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    replies = converse(
-        {"n1": Errand(["-c", "import os; print(os.environ['WHO'])"], {"WHO": "me"})}, road="srun", timeout=60
-    )
+    errand = Errand(["-c", "import os; print(os.environ['WHO'])"], {"WHO": "me"})
+    replies = converse({"n1": errand}, road="srun", timeout=60)
     assert replies["n1"].lines == ["me"]

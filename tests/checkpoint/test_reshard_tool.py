@@ -1,0 +1,65 @@
+"""From one format to another by one tool."""
+
+import pytest
+import torch
+from checkpoint.exports import SHAPE, same_weights
+from golden_models import GOLDENS
+from model_families import GQA
+from scripts_of import run_script
+from weight_sources import RandomWeights
+
+from neox.checkpoint.convert import write_native
+from neox.checkpoint.described import open_described, progress_of
+from neox.checkpoint.manifest import Progress
+from neox.checkpoint.open import open_checkpoint
+from neox.checkpoint.reshard import Target, reshard
+from neox.config import config_from_dict
+from neox.errors import CheckpointError, ConfigError
+
+
+def test_reshard_to_every_format(tmp_path):
+    config = config_from_dict(SHAPE | GQA)
+    weights = RandomWeights(config.model)
+    write_native(weights, config, tmp_path / "native")
+    native, config = open_described(tmp_path / "native")
+    for number, target in enumerate((Target("sequential", tensor=2), Target("pipeline", pipe=2))):
+        out = tmp_path / str(number)
+        planned, files = reshard(native, config, out, target=target, progress=progress_of(native), dry_run=True)
+        assert not out.exists()
+        folder, same = reshard(native, config, out, target=target, progress=progress_of(native))
+        assert (folder, same) == (planned, files)
+        same_weights(open_checkpoint(folder), weights)
+        # And on to ours again, from there.
+        upstream, described = open_described(out)
+        reshard(upstream, described, tmp_path / f"back{number}", target=Target("native"), progress=Progress())
+        same_weights(open_checkpoint(tmp_path / f"back{number}"), weights)
+    with pytest.raises(CheckpointError, match="is in our own format, which every layout loads as it is"):
+        reshard(native, config, tmp_path / "no", target=Target("native"), progress=progress_of(native))
+    half, _ = reshard(
+        native, config, tmp_path / "half", target=Target("native", precision="bf16"), progress=progress_of(native)
+    )
+    reader, described = open_described(half)
+    assert described.model.precision == reader.manifest.precision == "bfloat16"
+    assert all(torch.equal(reader.tensor(name), weights.tensor(name).bfloat16()) for name in weights.names())
+    for target, message in (
+        (Target("sequential", pipe=2), "--pipe_parallel_size: the sequential format has no stages"),
+        (Target("pipeline", tensor=0), "must be at least 1"),
+        (Target("native", tensor=2), "--format native: holds whole tensors"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            reshard(native, config, tmp_path / "no", target=target, progress=progress_of(native))
+    assert not (tmp_path / "no").exists()
+
+
+def test_reshard_script(tmp_path, capsys):
+    flags = ["--input_dir", GOLDENS / "pipe_tp2", "--output_dir", tmp_path / "out", "--format", "sequential"]
+    assert run_script("tools/ckpts/reshard.py", *flags, "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "mp_rank_00_model_states.pt\n" in said
+    assert "would write" in said
+    assert not (tmp_path / "out").exists()
+    assert run_script("tools/ckpts/reshard.py", *flags) == 0
+    assert "wrote" in capsys.readouterr().out
+    same_weights(open_checkpoint(tmp_path / "out"), open_checkpoint(GOLDENS / "pipe_tp2"))
+    assert run_script("tools/ckpts/reshard.py", *flags) == 2
+    assert capsys.readouterr().err.count("\n") == 1
