@@ -59,12 +59,14 @@ def _described(reader: WeightReader) -> dict[str, Any]:
 
 def described_keys(reader: Described) -> dict[str, Any]:
     """Flat keys of a model in a format of its own, and of the tokenizer beside it."""
-    keys = reader.config_keys()
     folder = getattr(reader, "folder", None)
-    tokenizer = Path(folder) / "tokenizer.json" if folder is not None else None
-    if tokenizer is not None and tokenizer.is_file():
-        keys |= {"tokenizer_type": "HFTokenizer", "vocab_file": str(tokenizer.resolve())}
-    return keys
+    return reader.config_keys() | (tokenizer_keys(folder) if folder is not None else {})
+
+
+def tokenizer_keys(folder: Path) -> dict[str, str]:
+    """Keys of the tokenizer that transformers saved beside a model; empty where there is none."""
+    path = folder / "tokenizer.json"
+    return {"tokenizer_type": "HFTokenizer", "vocab_file": str(path.resolve())} if path.is_file() else {}
 
 
 def progress_of(reader: WeightReader) -> Progress:

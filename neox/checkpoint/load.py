@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from neox.checkpoint.architecture import model_config_of, saved_keys
+from neox.checkpoint.described import tokenizer_keys
 from neox.checkpoint.fallback import checkpoint_to_load
 from neox.checkpoint.huggingface import HuggingFaceReader
 from neox.checkpoint.manifest import MANIFEST
@@ -42,7 +43,7 @@ def read_loaded_model(values: Mapping[str, Any]) -> LoadedModel | None:
 def _read(folder: Path, *, residual: bool | None = None) -> LoadedModel:
     reader = open_checkpoint(folder, gpt_j_residual=residual)
     if saved_keys(reader):
-        return LoadedModel.whole(model_config_of(reader), str(_place(reader)))
+        return LoadedModel.whole(model_config_of(reader), str(_place(reader)), tokenizer_keys(reader.folder))
     return LoadedModel(_sizes(reader), str(reader.folder))
 
 

@@ -15,7 +15,8 @@ from neox.checkpoint.upstream_names import Dialect, dialect_of, translate
 from neox.checkpoint.upstream_parts import Part
 from neox.checkpoint.weight_map import Kind, kind_of
 from neox.checkpoint.weights import missing_tensor
-from neox.errors import CheckpointError
+from neox.config.yaml_files import merge
+from neox.errors import CheckpointError, ConfigError
 from neox.parallel.splits import ONE_GROUP, join_shards, split_dimension
 
 GQALayout = Literal["contiguous", "interleaved"]

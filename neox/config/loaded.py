@@ -5,7 +5,7 @@ Reading a checkpoint is the caller's; here is what becomes of its keys.
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from neox.config.model import ModelConfig
@@ -33,13 +33,15 @@ class LoadedModel:
     Attributes:
         keys: flat keys; those of a description that is whole are all there, None where one is not set.
         place: what says so, for messages: a file or folder.
+        tokenizer: keys of the tokenizer that lies with it, used where the files name none.
     """
 
     keys: dict[str, Any]
     place: str
+    tokenizer: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def whole(cls, model: ModelConfig, place: str) -> "LoadedModel":
+    def whole(cls, model: ModelConfig, place: str, tokenizer: Mapping[str, str]) -> "LoadedModel":
         """Everything of a resolved model that another must have in common with it."""
         keys = {key: getattr(model, key) for key in (*_ALWAYS, *_LENGTHS)}
         keys["intermediate_size"] = 3 * model.mlp_inner_width if model.is_gated else model.mlp_inner_width
@@ -47,7 +49,7 @@ class LoadedModel:
         keys |= {key: getattr(model, key) for key in _BY_POSITIONS.get(model.pos_emb, ())}
         if model.activation == "gelu":
             keys["bias_gelu_fusion"] = model.bias_gelu_fusion
-        return cls(keys, place)
+        return cls(keys, place, tokenizer)
 
 
 ModelReader = Callable[[Mapping[str, Any]], LoadedModel | None]
@@ -57,7 +59,8 @@ ModelReader = Callable[[Mapping[str, Any]], LoadedModel | None]
 def take_absent_keys(merged: Merged, loaded: LoadedModel) -> None:
     """Set the keys that no file and no override sets, with the checkpoint as their place."""
     values = merged.values
-    for key, value in loaded.keys.items():
+    names_none = not any(values.get(key) for key in ("tokenizer_type", "vocab_file"))
+    for key, value in {**loaded.keys, **(loaded.tokenizer if names_none else {})}.items():
         stated = (key, "expansion_factor") if key == "intermediate_size" else (key,)
         if value is not None and all(values.get(name) is None for name in stated):
             values[key] = deepcopy(value)

@@ -75,6 +75,11 @@ def _run(host: str, errand: Errand, road: Road, timeout: float) -> Reply:
         )
     except FileNotFoundError:
         return Reply(127, [], [f"{command[0]} is not installed here"])
+    with process:
+        return _listen(process, timeout)
+
+
+def _listen(process: "subprocess.Popen[str]", timeout: float) -> Reply:
     assert process.stdout is not None
     assert process.stderr is not None
     complaints: list[str] = []
@@ -93,7 +98,6 @@ def _run(host: str, errand: Errand, road: Road, timeout: float) -> Reply:
     status = process.wait()
     for clock in clocks:
         clock.cancel()
-    process.communicate()
     return Reply(None if late.is_set() else status, lines, [line.strip() for line in complaints if line.strip()])
 
 

@@ -1,6 +1,7 @@
 """Training that starts from somebody else's weights: a Hugging Face folder, GPT-NeoX-20B's slim folder."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -228,3 +229,14 @@ def test_text_is_generated_from_the_folder_alone(tmp_path: Path, slim: Path) -> 
         texts.append(json.loads(out.read_text())["text"])
     assert texts[0]
     assert texts[0] == texts[1]
+
+
+def test_the_tokenizer_beside_the_weights_is_used_where_none_is_named(tmp_path: Path, huggingface: Path) -> None:
+    folder = shutil.copytree(huggingface, tmp_path / "model")
+    words = {"<|endoftext|>": 0, "a": 1}
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="a")).save(str(folder / "tokenizer.json"))
+    run = RUN | {"load": str(folder)}
+    found = resolve(run).tokenizer
+    assert (found.tokenizer_type, found.vocab_file) == ("HFTokenizer", str(folder / "tokenizer.json"))
+    named = resolve(run | {"tokenizer_type": "CharLevelTokenizer"}).tokenizer
+    assert (named.tokenizer_type, named.vocab_file) == ("CharLevelTokenizer", None)
