@@ -1,7 +1,8 @@
 """What is in a checkpoint of any format, tensor by tensor, and in what two checkpoints differ."""
 
 import math
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from neox.checkpoint.native import NativeReader
 from neox.checkpoint.progress import progress_bar
 from neox.checkpoint.upstream import UpstreamReader
 from neox.checkpoint.weights import WeightReader
+from neox.errors import ConfigError
 
 PIECE = 2**22
 """Numbers looked at together, in fp64."""
@@ -59,6 +61,26 @@ class Difference:
     norms: tuple[float, float] = (0.0, 0.0)
     largest: float = 0.0
     norm: float = 0.0
+
+
+def selected(readers: Sequence[WeightReader], *, match: str = "", attributes: Sequence[str] = ()) -> list[str]:
+    """Names of the tensors of all readers, in their order, that are asked for.
+
+    Args:
+        readers: opened checkpoints.
+        match: a regular expression that a name has a match of.
+        attributes: layers or tensors, `/` being as good as `.` in their names; none for all.
+
+    Raises:
+        ConfigError: `match` is no regular expression.
+    """
+    try:
+        pattern = re.compile(match)
+    except re.error as error:
+        raise ConfigError(f"--match {match}: no regular expression ({error}); put a backslash before signs") from None
+    wanted = [attribute.replace("/", ".").strip(".") + "." for attribute in attributes]
+    names = dict.fromkeys(name for reader in readers for name in reader.names() if pattern.search(name))
+    return [name for name in names if not wanted or any(f"{name}.".startswith(prefix) for prefix in wanted)]
 
 
 def facts(reader: WeightReader, names: Iterable[str]) -> Iterator[TensorFacts]:

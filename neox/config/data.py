@@ -95,6 +95,4 @@ class TokenizerConfig(Section):
     merge_file: str | None = setting(None, "Merges, for GPT2BPETokenizer.")
 
 
-OTHER_KEYS = (
-    internal("tokenizer", str, "The tokenizer object.", instead="set tokenizer_type and vocab_file"),
-)
+OTHER_KEYS = (internal("tokenizer", str, "The tokenizer object.", instead="set tokenizer_type and vocab_file"),)

@@ -40,7 +40,10 @@ def check_preference(
 ) -> None:
     """Check that the objective has its data, and note keys that it does not use."""
     _check_dataset(preference, comparison, problems)
-    _note_unused(preference, comparison, around.generation, notices)
+    generation = around.generation
+    writes_scores = generation.text_gen_type == "precompute"
+    _note_unused(preference, generation.precompute_model_name, writes_scores, notices)
+    _note_unread(comparison, around.data, notices)
     if comparison.is_pairwise and preference.compares_pairs:
         _check_pairs(comparison, around.data, problems)
     if preference.train_impl == "kto":
@@ -68,26 +71,35 @@ def _check_dataset(preference: PreferenceConfig, comparison: ComparisonConfig, p
 
 
 def _note_unused(
-    preference: PreferenceConfig, comparison: ComparisonConfig, generation: GenerationConfig, notices: list[str]
+    preference: PreferenceConfig, precomputed: str | None, writes_scores: bool, notices: list[str]
 ) -> None:
-    def note(key: str, why: str) -> None:
-        notices.append(f"{key} has no effect: {why}")
-
+    """Keys of other objectives, and of a reference model that none here reads."""
     for objective, keys in _OF_OBJECTIVE.items():
         for key in keys:
             is_asked = getattr(preference, key) != type(preference).model_fields[key].default
             if is_asked and preference.train_impl != objective:
-                note(key, f"train_impl is {preference.train_impl}")
-    for key in ("online_dataserver_ips", "online_dataserver_ports"):
-        is_asked = getattr(comparison, key) != type(comparison).model_fields[key].default
-        if is_asked and comparison.dataset_impl != "online":
-            note(key, f"dataset_impl is {comparison.dataset_impl}")
-    precomputed = generation.precompute_model_name
+                notices.append(_no_effect(key, f"train_impl is {preference.train_impl}"))
     if preference.reference_load is not None and not preference.needs_reference(precomputed):
-        note("reference_load", "no reference model runs with these settings")
+        notices.append(_no_effect("reference_load", "no reference model runs with these settings"))
     reads = preference.train_impl == "kto" or (preference.train_impl == "dpo" and not preference.dpo_reference_free)
-    if precomputed is not None and not reads and generation.text_gen_type != "precompute":
-        note("precompute_model_name", "no objective here reads it")
+    if precomputed is not None and not reads and not writes_scores:
+        notices.append(_no_effect("precompute_model_name", "no objective here reads it"))
+
+
+def _note_unread(comparison: ComparisonConfig, data: DataConfig, notices: list[str]) -> None:
+    """Servers without an online dataset, and files beside one."""
+    if comparison.dataset_impl == "online":
+        for key in ("data_path", "train_data_paths"):
+            if getattr(data, key) is not None:
+                notices.append(_no_effect(key, "completions come from the servers of dataset_impl online"))
+        return
+    for key in ("online_dataserver_ips", "online_dataserver_ports"):
+        if getattr(comparison, key) != type(comparison).model_fields[key].default:
+            notices.append(_no_effect(key, f"dataset_impl is {comparison.dataset_impl}"))
+
+
+def _no_effect(key: str, why: str) -> str:
+    return f"{key} has no effect: {why}"
 
 
 def _check_pairs(comparison: ComparisonConfig, data: DataConfig, problems: Problems) -> None:
@@ -142,9 +154,6 @@ def _check_servers(comparison: ComparisonConfig, around: Surroundings, problems:
         )
     if any(not 0 < port < 65536 for port in ([ports] if isinstance(ports, int) else ports)):
         problems.add("online_dataserver_ports", f"expected ports from 1 to 65535, got {ports}")
-    for name in ("data_path", "train_data_paths"):
-        if getattr(around.data, name) is not None:
-            problems.add(name, "not read with dataset_impl online; remove it")
     if around.training.train_epochs is not None:
         problems.add("train_epochs", "a server of completions has no end; set train_iters")
 

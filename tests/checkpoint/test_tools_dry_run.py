@@ -1,6 +1,7 @@
 """With --dry-run the tools say what they would do and leave the disk as it is."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -117,3 +118,18 @@ def test_what_was_announced_is_what_is_written(folder, capsys, name, tmp_path):
     assert tensors
     named = [path.name for path in tensors if path.name in announced]
     assert named == [path.name for path in tensors if path.name != "latest"]
+
+
+def test_metas_files_are_opened_as_they_are(folder, capsys, tmp_path):
+    out = tmp_path / "logits.npy"
+    assert run_script("tools/ckpts/logits.py", folder / "llama", "--tokens", folder / "ids.npy", "--out", out) == 0
+    assert np.load(out).shape == (2, 8, 64)
+    assert run_script("tools/ckpts/inspect_checkpoint.py", folder / "llama") == 0
+    assert "9 tensors, 17,504 parameters" in capsys.readouterr().out
+    assert run_script("tools/ckpts/verify_checkpoint.py", folder / "llama") == 0
+    damaged = tmp_path / "llama"
+    shutil.copytree(folder / "llama", damaged)
+    changed = (damaged / "consolidated.00.pth").read_bytes().replace(bytes.fromhex("0000803f") * 9, bytes(36), 1)
+    (damaged / "consolidated.00.pth").write_bytes(changed)
+    assert run_script("tools/ckpts/verify_checkpoint.py", damaged) == 1
+    assert "consolidated.00.pth" in capsys.readouterr().out

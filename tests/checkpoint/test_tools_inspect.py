@@ -142,6 +142,18 @@ def test_mistakes_are_one_line(folders, tmp_path, capsys):
     assert run_script(TOOL, tmp_path) == 2
     assert "no checkpoint; found nothing" in capsys.readouterr().err
     assert run_script(TOOL, folders["neox"], "--match", "[") == 2
-    assert "[ is no regular expression" in capsys.readouterr().err
+    assert "--match [: no regular expression (unterminated" in capsys.readouterr().err
     assert run_script(TOOL, *[folders["neox"]] * 3) == 2
     assert "one is shown, two are compared" in capsys.readouterr().err
+    assert run_script(TOOL, folders["neox"], "--compare") == 2
+
+
+def test_flags_of_gpt_neox(folders, capsys, monkeypatch):
+    shells = []
+    monkeypatch.setattr("code.interact", lambda banner, local: shells.append(local["checkpoints"]))
+    assert run_script(TOOL, f"{folders['neox']},{folders['hf']}", "--compare", "--diff", "-i") == 0
+    assert "all 28 tensors are equal" in capsys.readouterr().out
+    assert [reader.folder for reader in shells[0]] == [folders["neox"] / "global_step3", folders["hf"]]
+    assert run_script(TOOL, folders["hf"], "--json", "--attributes", "layers/5/norm", "layers.3.mlp.linear2.bias") == 0
+    found = json.loads(capsys.readouterr().out)["tensors"]
+    assert [tensor["name"].split(".", 2)[2] for tensor in found] == ["mlp.linear2.bias", "norm.weight", "norm.bias"]

@@ -92,6 +92,8 @@ def test_stages_are_refused_with_what_to_do_instead() -> None:
         (DPO, {"kto_beta": 0.2}, "kto_beta has no effect: train_impl is dpo"),
         (DPO, {"z_loss": 0.1}, "z_loss has no effect: train_impl is dpo"),
         (DPO, {"online_dataserver_ports": 1}, "online_dataserver_ports has no effect: dataset_impl is pairwise"),
+        (REINFORCE, {"data_path": "a"},
+            "data_path has no effect: completions come from the servers of dataset_impl online"),
         (DPO, {"dpo_reference_free": True, "reference_load": "x"}, "reference_load has no effect: no reference model "
          "runs with these settings"),
         (REINFORCE, {"precompute_model_name": "x"}, "precompute_model_name has no effect: no objective here reads it"),

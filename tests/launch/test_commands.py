@@ -15,7 +15,12 @@ from neox.errors import UserError
 from neox.launch.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[2]
-RUN = MODEL | TRAINING | ADAMW | {"save": "ckpt", "load": "ckpt", "account": "lab", "data_path": "nowhere"}
+RUN = (
+    MODEL
+    | TRAINING
+    | ADAMW
+    | {"save": "ckpt", "load": "ckpt", "checkpoint_factor": 10, "account": "lab", "data_path": "nowhere"}
+)
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +92,7 @@ def test_hostfile(run: Callable[..., tuple[int, str]], folder: Path) -> None:
         (["slurm", "tiny.yml", "--nodes", "0"], "--nodes 0: give at least 1"),
         (["slurm", "tiny.yml", "--nodes", "2", "--tasks-per-node", "9"], "a host has 8 GPUs"),
         (["slurm", "tiny.yml", "--nodes", "3", "--gpus-per-node", "3"], "train_batch_size"),
-        (["slurm", "tiny.yml", "--nodes", "2", "model_parallel_size=3"], "model_parallel_size"),
+        (["slurm", "tiny.yml", "--nodes", "2", "pipe_parallel_size=3"], "pipe_parallel_size"),
         (["slurm", "tiny.yml", "--nodes", "1", "--script", "nothing.py"], "nothing.py: no such file"),
         (["slurm", "tiny.yml", "--nodes", "1", "load=elsewhere"], "load: elsewhere, not ckpt; .* needs load=ckpt"),
         (["kubernetes", "tiny.yml", "--nodes", "1"], "required: --image"),

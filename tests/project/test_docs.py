@@ -19,6 +19,7 @@ from neox.config import load_config
 from neox.config.__main__ import main as config_command
 from neox.config.requirements import check_training
 from neox.config.schema import fields_with_keys, known_keys
+from neox.launch.__main__ import main as launch_command
 from neox.launch.arguments import parse_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,7 +145,7 @@ def test_command_is_of_a_kind_that_is_checked(command: Command) -> None:
         assert (ROOT / script_of(command)[0]).is_file()  # type: ignore[index]
         assert first in ("python", "torchrun", "srun", "mpirun", "deepspeed", "docker")
     elif words[:2] == ("python", "-m"):
-        assert words[2] in ("venv", "neox.config", "pytest")
+        assert words[2] in ("venv", "neox.config", "neox.launch", "pytest")
     else:
         assert first in TOOLS_OF_OTHERS
         if first == "docker":
@@ -174,6 +175,17 @@ def test_config_command(
     monkeypatch.chdir(folder)
     assert config_command(command.words[3:]) == 0
     assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [c for c in ALL if c.words[:3] == ("python", "-m", "neox.launch")], ids=str)
+def test_launch_command(command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the commands write; hosts are not asked and nothing is submitted."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("neox.launch.__main__.submit", lambda path: "1")
+    monkeypatch.setattr("neox.launch.__main__.check_hosts", lambda path, config, **figures: config is not None)
+    (folder / "hosts").write_text("HOST1 slots=8\nHOST2 slots=8\n")
+    (folder / "train.py").touch()
+    assert launch_command(list(command.words[3:])) == 0
 
 
 @cache
@@ -218,7 +230,10 @@ def test_other_launchers_start_python(command: Command) -> None:
     words = launcher_of(command)
     assert words[-1] == "python"
     flags = {word for word in words if word.startswith("-")}
-    known = {"srun": {"--nodes", "--ntasks-per-node", "--gpus-per-node"}, "mpirun": {"-n", "-H", "-x"}}
+    known = {
+        "srun": {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--kill-on-bad-exit=1"},
+        "mpirun": {"-n", "-H", "-x"},
+    }
     assert flags <= known[words[0]]
 
 

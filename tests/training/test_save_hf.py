@@ -1,6 +1,7 @@
 """Every save as a Hugging Face folder too, and what happens where that goes wrong."""
 
 import logging
+import random
 
 import pytest
 import torch
@@ -37,6 +38,16 @@ def test_export_beside_warns_where_it_could_not_compare(tmp_path, monkeypatch, c
         export.export_beside(folder, config)
     assert "hf: not compared with transformers" in caplog.text
     same_weights(open_checkpoint(folder / "hf"), weights)
+
+
+def test_an_export_draws_from_no_stream_of_the_run(tmp_path):
+    """Dropout goes on as if there had been no save."""
+    config, weights = random_run(**GQA)
+    folder = write_native(weights, config, tmp_path / "run")
+    before = torch.get_rng_state(), random.getstate(), torch.get_default_dtype()
+    export.export_beside(folder, config)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (random.getstate(), torch.get_default_dtype()) == before[1:]
 
 
 def train(flat, world_size, break_at=None):

@@ -7,14 +7,14 @@ Two checkpoints that differ give exit status 1.
 """
 
 import argparse
+import code
 import json
-import re
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from neox.checkpoint.inspection import description, differences, facts
+from neox.checkpoint.inspection import description, differences, facts, selected
 from neox.checkpoint.inspection_text import as_json, comparison, described, tree
 from neox.checkpoint.open import open_checkpoint
 from neox.launch.main import script_main
@@ -23,9 +23,9 @@ from neox.launch.main import script_main
 def main(arguments: list[str]) -> int:
     """Print the tree, or the differences."""
     options = _parse(arguments)
-    readers = [open_checkpoint(path) for path in options.path]
+    readers = [open_checkpoint(Path(path)) for path in options.path]
     about = [{"folder": str(reader.folder)} | description(reader) for reader in readers]
-    names = dict.fromkeys(name for reader in readers for name in reader.names() if options.match.search(name))
+    names = selected(readers, match=options.match, attributes=options.attributes)
     lines = [line for found in about for line in described(found)]
     if options.dry_run:
         print("\n".join(["would read", *lines]))
@@ -39,27 +39,28 @@ def main(arguments: list[str]) -> int:
         content = {"checkpoints": about, "differences": [as_json(difference) for difference in apart]}
         lines, status = lines + comparison(apart, compared=len(names)), int(bool(apart))
     print(json.dumps(content, indent=1) if options.json else "\n".join(lines))
+    if options.interactive:
+        code.interact(banner="checkpoints[0].tensor(NAME) reads a tensor", local={"checkpoints": readers})
     return status
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("path", nargs="+", type=Path, metavar="CHECKPOINT", help="one to show, or two to compare")
-    add("--match", type=_pattern, default="", metavar="REGEX", help="only tensors whose name has a match")
+    add("path", nargs="+", metavar="CHECKPOINT", help="one to show, or two to compare")
+    add("--match", default="", metavar="REGEX", help="only tensors whose name has a match")
+    add("--attributes", nargs="*", default=(), metavar="NAME", help="only these layers or tensors: layers/2, say")
     add("--json", action="store_true", help="print JSON")
+    add("-c", "--compare", action="store_true", help="compare CHECKPOINT,OTHER, as GPT-NeoX's tool spells it")
+    add("-d", "--diff", action="store_true", help="as in GPT-NeoX's tool; only differences are printed anyway")
+    add("-i", "--interactive", action="store_true", help="then go on in Python, with `checkpoints`")
     add("--dry-run", action="store_true", help="say what would be read, without reading a tensor")
     options = parser.parse_args(arguments)
-    if len(options.path) > 2:
+    if options.compare:
+        options.path = [path.strip() for word in options.path for path in word.split(",")]
+    if len(options.path) > 2 or (options.compare and len(options.path) < 2):
         parser.error(f"{len(options.path)} checkpoints given; one is shown, two are compared")
     return options
-
-
-def _pattern(text: str) -> re.Pattern[str]:
-    try:
-        return re.compile(text)
-    except re.error as error:
-        raise argparse.ArgumentTypeError(f"{text} is no regular expression: {error}") from None
 
 
 if __name__ == "__main__":
