@@ -29,6 +29,7 @@ OURS = {
     "rampup_batch_size",
     "reference_load",
     "rope_scaling",
+    "preflight",
     "save_hf",
     "wsd_decay_fraction",
     "wsd_decay_shape",

@@ -51,7 +51,7 @@ def test_the_page_has_a_row_for_every_key() -> None:
     rows = re.findall(r"^\| `([\w.]+)` \|", page, flags=re.MULTILINE)
     assert sorted(rows) == sorted([place.key for _, place in fields_with_keys()] + list(other_keys()))
     assert "| `min_lr` | number, at least 0 | `0.0` |" in page
-    assert '| `launcher` | `pdsh`, `openmpi`, `mvapich`, `slurm` | `"pdsh"` |' in page
+    assert '| `launcher` | `pdsh`, `ssh`, `openmpi`, `mpich`, `mvapich`, `slurm` | `"pdsh"` |' in page
     assert "| `num_layers` | integer, above 0" in page
     for line in page.partition("## Keys")[2].splitlines():
         if line.startswith("| `"):
