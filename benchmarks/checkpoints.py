@@ -11,6 +11,7 @@ page cache and end with the copy on the disk. See docs/benchmarks.md.
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -136,6 +137,7 @@ def row(name: str, used: Usage, *, size: int, copied: float, bound: int) -> dict
         "peak MB": used.peak / 1e6,
         "bound MB": bound / 1e6,
         "read / size": used.read / size,
+        "load": os.getloadavg()[0],
     }
 
 

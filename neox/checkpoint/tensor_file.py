@@ -20,6 +20,7 @@ import torch
 import xxhash
 
 from neox.errors import CheckpointError
+from neox.files import WriteBehind
 
 CODES = {
     torch.float64: "F64",
@@ -171,6 +172,7 @@ class TensorFileWriter:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._file = path.open("xb", buffering=0)
+        self._behind = WriteBehind(self._file.fileno())
         self._write(struct.pack("<Q", len(text)) + text)
 
     def __enter__(self) -> "TensorFileWriter":
@@ -198,6 +200,7 @@ class TensorFileWriter:
         view = memoryview(data)
         while view:
             view = view[self._file.write(view) :]
+        self._behind.wrote(len(data))
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:

@@ -8,6 +8,7 @@ tensor names its storage, and `data/<key>` the bytes of each storage.
 """
 
 import io
+import os
 import pickle
 import sys
 from collections import OrderedDict
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 
-from neox.files import flush
+from neox.files import WriteBehind, flush
 
 STORAGES = {
     torch.float64: torch.DoubleStorage,
@@ -84,6 +85,8 @@ class TorchFileWriter:
         pickler = _Pickler(pickled)
         pickler.dump(content)
         self._archive = torch._C.PyTorchFileWriter(str(path))
+        self._descriptor = os.open(path, os.O_RDONLY)
+        self._behind = WriteBehind(self._descriptor)
         for name, record in (("data.pkl", pickled.getvalue()), ("byteorder", sys.byteorder.encode())):
             self._archive.write_record(name, record, len(record))
         self._expected = {key: tensor for key, tensor in pickler.tensors.items() if tensor.is_meta}
@@ -98,6 +101,7 @@ class TorchFileWriter:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._archive.write_end_of_file()
+        os.close(self._descriptor)
         if kind is None:
             assert not self._expected, f"{self.path}: {len(self._expected)} tensors were announced and did not come"
             flush(self.path)
@@ -121,3 +125,4 @@ class TorchFileWriter:
             numbers = numbers.clone()  # a record is the beginning of a storage
         storage: Any = numbers.untyped_storage()
         self._archive.write_record(f"data/{key}", storage, numbers.nbytes)
+        self._behind.wrote(numbers.nbytes)

@@ -20,8 +20,8 @@ from neox.quickstart.bits import HeldOutLoss, held_out_loss
 from neox.quickstart.commands import ROOT, run_script, show, typed
 from neox.quickstart.corpus import Corpus, build_corpus
 from neox.quickstart.pace import affordable_steps
-from neox.training.preflight import settle_vocabulary
 from neox.training.origin import load_folder
+from neox.training.preflight import settle_vocabulary
 
 CONFIG = ROOT / "configs" / "quickstart.yml"
 VOCABULARY = 8192

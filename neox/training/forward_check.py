@@ -44,7 +44,8 @@ def check_forward(engine: Engine, reader: RunReader) -> None:
     saved = reader.manifest.forward_losses
     if not saved:
         return
-    found, tolerance = forward_losses(engine), TOLERANCES[engine.config.model.precision]
+    found, precisions = forward_losses(engine), (engine.config.model.precision, reader.manifest.precision)
+    tolerance = max(TOLERANCES[precision] for precision in precisions)
     for number, (ours, theirs) in enumerate(zip(found, saved, strict=False)):
         same = math.isclose(ours, theirs, rel_tol=tolerance, abs_tol=tolerance)
         if not same and not (math.isnan(ours) and math.isnan(theirs)):

@@ -7,6 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
+from neox.checkpoint.tensor_file import TensorFileWriter
+from neox.checkpoint.torch_archive import TorchFileWriter
+
 ROOT = Path(__file__).resolve().parents[2]
 LARGEST = 4 * 1024 * 1024 * 2
 ROOM = 20 * 10**6
@@ -52,3 +57,17 @@ def test_no_conversion_holds_more_than_three_tensors(tmp_path):
     assert grown.pop("all tensors") > 200 * 10**6, "the measure does not see what is held"
     assert len(grown) == 4
     assert {name: count for name, count in grown.items() if count > 3 * LARGEST + ROOM} == {}
+
+
+def test_a_large_file_is_sent_to_disk_while_more_is_coming(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda descriptor, *what: told.append(os.fstat(descriptor).st_size))
+    tensors = {name: torch.ones(12 * 2**20, dtype=torch.uint8) for name in "abcdefg"}
+    with TensorFileWriter(tmp_path / "x.safetensors", {n: (t.dtype, t.shape) for n, t in tensors.items()}) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+    assert [size // 2**20 for size in told] == [36, 72]
+    told.clear()
+    with TorchFileWriter(tmp_path / "x.pt", {name: tensor.to("meta") for name, tensor in tensors.items()}) as archive:
+        archive.write_all(tensors.values())
+    assert [size // 2**20 for size in told] == [36, 72]

@@ -5,7 +5,6 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from hosts import NAMES, Cluster, cluster, start_slurm, start_ssh, stop_slurm
+from tiny_run import Training, losses
 from training.layouts import ADAMW, MODEL, TRAINING, write_corpus
 
-ROOT = Path(__file__).resolve().parents[2]
 MISSING = "NEOX_CLUSTER_MISSING"
 """Variable with the parts that cannot be had here, which are names of fixtures."""
 
@@ -74,33 +73,6 @@ def slurm(two: Cluster) -> Iterator[Cluster]:
     start_slurm(two)
     yield two
     stop_slurm(two)
-
-
-@dataclass
-class Training:
-    """A tiny run, to be started on the hosts.
-
-    Attributes:
-        config: its configuration file.
-        losses: of ten steps by two processes on one host.
-    """
-
-    config: Path
-    losses: list[float]
-
-    def script(self, save: Path, *overrides: str) -> list[str]:
-        """`train.py` with its arguments."""
-        return [str(ROOT / "train.py"), str(self.config), f"save={save}", *overrides]
-
-    def assert_trained(self, save: Path) -> None:
-        """The run in `save` has the ten losses."""
-        assert losses(save) == pytest.approx(self.losses, abs=1e-6)
-
-
-def losses(save: Path) -> list[float]:
-    """Losses of a run, by step."""
-    records = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
-    return [record["train/lm_loss"] for record in records if "train/lm_loss" in record]
 
 
 @pytest.fixture(scope="session")

@@ -61,7 +61,7 @@ class Cluster:
             text=True,
         )
 
-    def run(self, host: str, *words: str | Path, timeout: float = 120, **variables: str) -> tuple[int, str]:
+    def run(self, host: str, *words: str | Path, timeout: float = 240, **variables: str) -> tuple[int, str]:
         """Run a command on a host; return its status and what it printed."""
         process = self.start(host, *words, **variables)
         try:

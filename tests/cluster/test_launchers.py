@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cluster.conftest import Training
 from hosts import ADDRESSES, NAMES, Cluster
+from tiny_run import Training
 
 PYTHON = sys.executable
 
 
 def wait_for_all(processes: list["subprocess.Popen[str]"]) -> str:
     """Wait for commands of several hosts; return what they printed."""
-    outs = [process.communicate(timeout=120)[0] for process in processes]
+    outs = [process.communicate(timeout=240)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(outs)
     return "\n".join(outs)
 

@@ -5,8 +5,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from cluster.conftest import ROOT, Training
 from hosts import Cluster
+from tiny_run import ROOT, Training
 
 PYTHON = sys.executable
 
@@ -73,7 +73,7 @@ def test_mixed_versions(two: Cluster, training: Training) -> None:
         meet = {"MASTER_ADDR": "n1", "MASTER_PORT": "29660", "PYTHONPATH": str(folder)}
         words = [PYTHON, str(folder / "train.py"), *script[1:]]
         processes.append(two.start(f"n{number + 1}", *words, **rank, **meet))
-    outs = [process.communicate(timeout=120)[0] for process in processes]
+    outs = [process.communicate(timeout=240)[0] for process in processes]
     assert [process.returncode for process in processes] == [2, 2], "\n".join(outs)
     (line,) = [line for out in outs for line in lines_of(out)]
     assert line.startswith("the hosts differ: neox source: ")

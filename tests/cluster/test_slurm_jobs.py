@@ -3,8 +3,8 @@
 import re
 import sys
 
-from cluster.conftest import Training, losses
 from hosts import Cluster, wait_until
+from tiny_run import Training, losses
 
 PYTHON = sys.executable
 

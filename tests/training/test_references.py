@@ -5,15 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from golden_models import GOLDENS
 from ranks import run_ranks
 from training.preferences import MODEL, pairs, rewarded, trained
 
+from neox.checkpoint.upstream_run import UpstreamRun
 from neox.config import config_from_dict
 from neox.errors import CheckpointError, ConfigError, DataError
 from neox.inference.modes import run_generation
 from neox.model.build import SINGLE
+from neox.training.objectives.build import reference_folder
+from neox.training.origin import Origin
 from neox.training.preflight import prepare
 
+SIDES = {f"{side}_train_{kind}": ["any"] for side in ("pos", "neg") for kind in ("data_paths", "label_data_paths")}
 NORMAL = {"train_impl": "normal", "pack_impl": "packed"}
 
 
@@ -88,6 +93,18 @@ def test_precomputed_scores_do_as_a_reference_does(tuned: tuple[dict[str, Any], 
     assert (
         trained(named | {"save": str(tmp_path / "b"), "reference_load": "nowhere", "exit_interval": 1}, 1) == found[:1]
     )
+    # The checkpoint knows all the same which model the reference is, for when they are gone.
+    live = flat | {"load": str(tmp_path), "finetune": False, "iteration": 3, "save": str(tmp_path / "live")}
+    for step, wanted in zip(trained(live, 1), steps[3:], strict=True):
+        assert step == {name: pytest.approx(value, rel=1e-4, abs=1e-5) for name, value in wanted.items()}
+
+
+def test_what_gpt_neox_compared_with_is_not_guessed() -> None:
+    folder = GOLDENS / "seq" / "global_step4"
+    upstream = UpstreamRun(folder)
+    config = config_from_dict(MODEL | {"train_impl": "dpo", "dataset_impl": "pairwise", **SIDES})
+    with pytest.raises(CheckpointError, match=f"^load {folder}: GPT-NeoX does not keep what .*; set reference_load to"):
+        reference_folder(config, Origin(upstream, upstream))
 
 
 def test_scores_of_other_documents_are_refused(tuned: tuple[dict[str, Any], Any]) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from neox.checkpoint.lora import merged
 from neox.checkpoint.open import open_checkpoint
+from neox.checkpoint.upstream_run import UpstreamRun
 from neox.checkpoint.weights import weight_source
 from neox.config import Config
 from neox.errors import CheckpointError
@@ -47,14 +48,19 @@ def build_objective(config: Config, mesh: Mesh, origin: Origin | None) -> Object
 
 
 def _reference(config: Config, mesh: Mesh, origin: Origin | None) -> tuple[Reference | None, Mapping[str, str]]:
-    """The reference, None where the objective has none; and what a checkpoint must keep of where it came from."""
+    """The reference, None where the objective has none; and what a checkpoint must keep of where it came from.
+
+    That is kept also where no reference runs: whoever goes on may want one, or have the log-probabilities no more.
+    """
+    place = _reference_place(config, origin)
+    recorded = {} if place is None else {KEY: str(place)}
     if config.reference_files is not None:
-        return Reference(None), {}
+        return Reference(None), recorded
     if not config.preference.needs_reference(None):
-        return None, {}
+        return None, recorded
     folder = reference_folder(config, origin)
     source = fresh_weights(config) if folder is None else _weights(folder, config)
-    return Reference.build(config, mesh, source), {} if folder is None else {KEY: str(folder)}
+    return Reference.build(config, mesh, source), recorded
 
 
 def _weights(folder: Path, config: Config) -> WeightSource:
@@ -67,17 +73,25 @@ def reference_folder(config: Config, origin: Origin | None) -> Path | None:
     They are `reference_load`, or the weights that the run began with, which a run that is taken up has kept.
 
     Raises:
-        CheckpointError: the folder is gone.
+        CheckpointError: the folder is gone, or GPT-NeoX began the run, which does not tell.
     """
-    given: str | None = config.preference.reference_load
-    if given is None and origin is not None:
-        given = origin.run.manifest.config.get(KEY) if origin.run else str(origin.weights.folder.resolve())
-    if given is None:
-        return None
-    folder = Path(given).resolve()
-    if not folder.is_dir():
+    folder = _reference_place(config, origin)
+    if folder is None and origin is not None and isinstance(origin.run, UpstreamRun):
+        raise CheckpointError(
+            f"load {origin.run.folder}: GPT-NeoX does not keep what the reference of a run was; set {KEY} to the "
+            "checkpoint that it began with"
+        )
+    if folder is not None and not folder.is_dir():
         raise CheckpointError(f"{KEY} {folder}: no such folder; name the checkpoint of the reference")
     return folder
+
+
+def _reference_place(config: Config, origin: Origin | None) -> Path | None:
+    """`reference_folder`, whether or not it is there."""
+    given: str | None = config.preference.reference_load
+    if given is None and origin is not None:
+        given = origin.run.manifest.config.get(KEY) if origin.run else str(origin.weights.folder)
+    return None if given is None else Path(given).resolve()
 
 
 def check_objective(config: Config, origin: Origin | None) -> None:
