@@ -34,6 +34,11 @@ def begin(final: Path) -> Path:
     return temporary
 
 
+def discard(final: Path) -> None:
+    """Remove what was written of a checkpoint that is not to be."""
+    shutil.rmtree(_hidden(final, INCOMPLETE), ignore_errors=True)
+
+
 def commit(temporary: Path, final: Path) -> None:
     """Give a folder whose files are all on the disk its name, then move `latest`.
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from neox.checkpoint.commit import begin, commit
+from neox.checkpoint.commit import begin, commit, discard
 from neox.checkpoint.manifest import MANIFEST, Manifest
 from neox.checkpoint.tensor_file import CODES, TensorFile, TensorFileWriter, checksum, raw_bytes
 from neox.checkpoint.weights import missing_tensor
@@ -110,16 +110,19 @@ def write_checkpoint(
                 return _write_files(temporary, remaining, team.rank, file_bytes)
             return _stream_files(temporary, remaining, team.rank, divided(announced, file_bytes))
 
-    written = _together(team, write)
-
-    def finish() -> None:
+    def finish(written: list[list[_File]]) -> None:
         if team.rank == 0:
             _write_manifest(temporary, manifest, [file for files in written for file in files], configs)
             if add is not None:
                 add(temporary)
             commit(temporary, final)
 
-    _together(team, finish)
+    try:
+        written = _together(team, write)
+        _together(team, lambda: finish(written))
+    finally:
+        if team.rank == 0:
+            discard(final)
     return final
 
 

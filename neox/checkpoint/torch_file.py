@@ -181,7 +181,7 @@ class TorchFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         if not path.is_file():
-            raise CheckpointError(f"{path}: no such file")
+            raise CheckpointError(f"{path}: no such file; copy the whole folder")
         try:
             self.content: Any = self._read_archive() if zipfile.is_zipfile(path) else _read_legacy(path)
         except ForbiddenNameError as error:

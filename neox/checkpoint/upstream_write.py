@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from neox.checkpoint.ahead import read_ahead
-from neox.checkpoint.commit import begin, commit
+from neox.checkpoint.commit import begin, commit, discard
 from neox.checkpoint.memory import return_freed
 from neox.checkpoint.progress import progress_bar
 from neox.checkpoint.torch_archive import TorchFileWriter
@@ -117,6 +117,8 @@ class UpstreamWriter:
             commit(folder, final)
         except OSError as error:
             raise CheckpointError(f"{error.filename or final}: cannot be written ({error.strerror or error})") from None
+        finally:
+            discard(final)
         return final
 
     def _write_files(self, folder: Path) -> None:

@@ -4,8 +4,6 @@ What tensors there are, and of which shape, comes from the model; how each is di
 from the table of `neox.parallel.splits`. A format adds to it only what it calls them and in which order it lays rows.
 """
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -83,8 +81,3 @@ def kind_of(name: str) -> Kind:
         return Kind.ROW_BIAS if isinstance(split, Row) and kind == "bias" else Kind.REPLICATED
     kinds = {Column: Kind.COLUMN, Row: Kind.ROW, Vocabulary: Kind.VOCABULARY, Heads: Kind.HEADS}
     return kinds[type(split)]
-
-
-def total_bytes(shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> int:
-    """Bytes of tensors of these shapes."""
-    return sum(math.prod(shape) for shape in shapes) * dtype.itemsize

@@ -83,4 +83,4 @@ def check_vocabulary(reader: WeightReader, tokens: int) -> None:
 
 def missing_tensor(folder: Path, name: str) -> CheckpointError:
     """Return the error for a parameter that a checkpoint does not have."""
-    return CheckpointError(f"{folder}: has no tensor {name}; it was saved from another kind of model")
+    return CheckpointError(f"{folder}: has no tensor {name}; copy the whole folder, or use its own configuration")

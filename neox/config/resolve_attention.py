@@ -153,7 +153,9 @@ def _attention_types(model: ModelConfig, problems: Problems) -> tuple[str, ...]:
         what = "not supported yet" if name in _EXOTIC_ATTENTION else f"unknown{did_you_mean(name, _DENSE_ATTENTION)}"
         problems.add("attention_config", f"{name!r} is {what}; supported: {', '.join(_DENSE_ATTENTION)}")
     if len(types) != model.num_layers:
-        problems.add("attention_config", f"describes {len(types)} layers, and num_layers is {model.num_layers}")
+        told = min(len(types), model.num_layers)
+        many = f"more than {told}" if len(types) > told else told
+        problems.add("attention_config", f"describes {many} layers, and num_layers is {model.num_layers}")
     return types
 
 

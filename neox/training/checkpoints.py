@@ -17,7 +17,7 @@ def resume_run(engine: Engine, reader: RunReader) -> Progress:
     config = engine.config
     restore(engine, reader, with_optimizer=not config.checkpoint.no_load_optim)
     progress = reader.manifest.progress
-    if progress.loss_scaler:
+    if progress.loss_scaler and config.model.precision == "fp16":
         _set_scaler_state(engine, progress.loss_scaler)
     check_forward(engine, reader)
     restore_dropout_stream(config, engine.mesh, reader)
@@ -48,6 +48,7 @@ def layout_of(config: Config, mesh: Mesh) -> Layout:
 
 
 def _set_scaler_state(engine: Engine, state: dict[str, float]) -> None:
+    """Let a scale that moves go on; a fixed one (`fp16.loss_scale`) is what the configuration says."""
     scaler = engine.deepspeed.optimizer.loss_scaler
-    for field, value in state.items():
+    for field, value in state.items() if scaler.dynamic else ():
         setattr(scaler, field, value)

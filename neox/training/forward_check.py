@@ -36,13 +36,14 @@ def forward_losses(engine: Engine) -> list[float]:
 def check_forward(engine: Engine, reader: RunReader) -> None:
     """Compare the losses of a model just loaded with those that its checkpoint was saved with.
 
-    A collective over all ranks. A checkpoint that has none is not compared.
+    A collective over all ranks. A checkpoint that has none is not compared, nor one of another `seq_length`, whose
+    sequences were others.
 
     Raises:
         CheckpointError: they differ by more than rounding.
     """
-    saved = reader.manifest.forward_losses
-    if not saved:
+    saved, length = reader.manifest.forward_losses, engine.config.model.seq_length
+    if not saved or reader.manifest.config.get("seq_length", length) != length:
         return
     found, precisions = forward_losses(engine), (engine.config.model.precision, reader.manifest.precision)
     tolerance = max(TOLERANCES[precision] for precision in precisions)

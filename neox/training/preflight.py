@@ -6,6 +6,8 @@ from typing import Any
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.op_builder import AsyncIOBuilder
 
+from neox.checkpoint.huggingface import HuggingFaceReader
+from neox.checkpoint.meta_llama import MetaLlamaReader
 from neox.checkpoint.open import open_checkpoint
 from neox.checkpoint.weights import WeightReader, check_shape, check_vocabulary, missing_tensor
 from neox.config import Config
@@ -138,6 +140,8 @@ def check_shapes(config: Config, weights: WeightReader) -> None:
     Raises:
         CheckpointError: naming the first that differs, with both shapes.
     """
+    if isinstance(weights, HuggingFaceReader | MetaLlamaReader):
+        weights.check_files()  # its shapes are those that a description promises
     shapes = weights.shapes()
     for name, parameter in meta_decoder(config.model).named_parameters():
         if name not in shapes and is_reward_head(name):

@@ -179,7 +179,7 @@ def test_tools_say_what_they_would_write(tmp_path, capsys):
     assert not (tmp_path / "hf").exists()
     assert run_script("tools/ckpts/convert_neox_to_hf.py", *flags) == 0
     assert "as LlamaForCausalLM in fp32\nlargest logit difference" in capsys.readouterr().out
-    back = ["--hf_dir", tmp_path / "hf", "--output_dir", tmp_path / "back", "--precision", "bf16"]
+    back = ["--model", tmp_path / "hf", "--model_path", tmp_path / "back", "--tp", "2", "--precision", "bf16"]
     assert run_script("tools/ckpts/convert_hf_to_neox.py", *back, "--dry-run") == 0
     assert f"{size // 2:,}  model-00000-000.safetensors\n" in capsys.readouterr().out
     assert not (tmp_path / "back").exists()

@@ -76,6 +76,7 @@ def test_a_failed_save_leaves_the_last_checkpoint(
     with pytest.raises(CheckpointError, match="disk full"):
         save(tmp_path, 2)
     monkeypatch.undo()
+    assert not list(tmp_path.glob(".global_step*")), "what a failed save had written takes no space"
     folder = checkpoint_folder(tmp_path)
     assert folder == tmp_path / "global_step1"
     assert NAME in NativeReader(folder)

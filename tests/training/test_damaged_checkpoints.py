@@ -10,7 +10,9 @@ import pytest
 import torch
 from ranks import run_ranks
 from training.layouts import ADAMW, MODEL, TRAINING
+from weight_sources import RandomWeights
 
+from neox.checkpoint.huggingface import export_huggingface
 from neox.checkpoint.manifest import Manifest
 from neox.config import config_from_dict
 from neox.errors import CheckpointError
@@ -85,3 +87,18 @@ def test_a_truncated_file_is_refused_before_any_worker_starts(tmp_path: Path, sa
     with pytest.raises(CheckpointError, match=rf"{FILE}: has 1000 bytes, the manifest says \d+.*load_fallback: true"):
         prepare(config_from_dict(flat, world_size=2))
     prepare(config_from_dict(flat | {"load_fallback": True}, world_size=2))
+
+
+def test_a_truncated_model_of_hugging_face_is_refused_before_any_worker_starts(tmp_path: Path, corpus: str) -> None:
+    flat = MODEL | TRAINING | ADAMW | {"data_path": corpus, "train_iters": 1, "padded_vocab_size": 131}
+    model, folder = config_from_dict(flat, world_size=1).model, tmp_path / "hf"
+    export_huggingface(RandomWeights(model), model, folder, dtype=torch.float32)
+    config = config_from_dict(flat | {"load": str(folder)}, world_size=1)
+    prepare(config)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: damaged, it has"):
+        prepare(config)
+    file.unlink()
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
+        prepare(config)

@@ -120,8 +120,30 @@ def test_resuming_from_before_the_first_update(corpus: str, tmp_path: Path) -> N
     assert losses("again") == losses("whole")
 
 
+def test_a_loss_scale_goes_on_where_there_is_one(corpus: str, tmp_path: Path) -> None:
+    """A scale that moves goes on; one that is fixed is the configuration's; other precisions have none."""
+    dynamic = {"fp16": {"enabled": True, "initial_scale_power": 10, "hysteresis": 1, "loss_scale_window": 2}}
+    plain = {key: value for key, value in TRAINING.items() if key != "precision"}
+    flat = MODEL | plain | ADAMW | {"data_path": corpus, "train_iters": 6}
+    whole = curve_of(flat | dynamic, 1)
+    run_ranks(train_run, 1, flat | dynamic | {"save": str(tmp_path), "extra_save_iters": [3], "exit_interval": 3}, 1)
+    resumed: dict[str, tuple[dict[str, Any], list[float | None]]] = {
+        "dynamic": (dynamic, whole.scales[3:]),
+        "fixed": ({"fp16": {"enabled": True, "loss_scale": 64}}, [64.0] * 3),
+        "fp32": ({"precision": "fp32"}, [None] * 3),
+        "bfloat16": ({"precision": "bfloat16"}, [None] * 3),
+    }
+    assert len(set(whole.scales)) == 3
+    for name, (changes, scales) in resumed.items():
+        found = curve_of(flat | changes | {"load": str(tmp_path)}, 1)
+        assert found.scales == scales, name
+        np.testing.assert_allclose(found.losses, whole.losses[3:], rtol=0, atol=5e-3, err_msg=name)
+
+
 def train_run(flat: dict[str, Any], world_size: int) -> None:
     from neox.training.run import train
 
     torch.set_num_threads(1)
+    if "fp16" in flat:
+        allow_fp16_on_cpu()
     train(config_from_dict(flat, world_size=world_size))

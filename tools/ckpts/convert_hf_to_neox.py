@@ -18,10 +18,11 @@ def main(arguments: list[str]) -> None:
     """Write the configuration, then the checkpoint it describes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--hf_dir", "--model_path", type=Path, required=True, help="folder with config.json and the weights")
-    add("--output_dir", type=Path, required=True, help="folder of checkpoints; gets global_step0 and latest")
+    add("--hf_dir", "--model", type=Path, required=True, help="folder with config.json and the weights")
+    add("--output_dir", "--model_path", type=Path, required=True, help="gets global_step0 and latest")
     add("--config_file", type=Path, help="YAML to write; default: OUTPUT_DIR/model.yml")
     add("--precision", choices=("fp16", "bf16", "bfloat16", "fp32"), help="default: the type of the weights")
+    add("--tp", "--pp", type=int, help="as in GPT-NeoX and without effect: the checkpoint loads at any layout")
     add("--dry-run", action="store_true", help="list the files with the bytes of their weights, and write nothing")
     options = parser.parse_args(arguments)
     reader = HuggingFaceReader(options.hf_dir)
