@@ -9,7 +9,7 @@ from neox.checkpoint.lora import MergedWeights, merged
 from neox.checkpoint.manifest import Progress
 from neox.checkpoint.native import NativeReader
 from neox.checkpoint.open import open_checkpoint
-from neox.checkpoint.upstream import UpstreamReader
+from neox.checkpoint.upstream import NO_HINTS, Hints, UpstreamReader
 from neox.checkpoint.weights import WeightReader
 from neox.config import Config, config_from_dict, load_config
 from neox.errors import CheckpointError, ConfigError
@@ -33,7 +33,7 @@ def open_described(folder: Path, config_files: Sequence[str | Path] = ()) -> tup
         ConfigError: the configuration is wrong.
     """
     given = load_config(config_files) if config_files else None
-    weights = merged(open_checkpoint(folder, gpt_j_residual=given.model.gpt_j_residual if given else None))
+    weights = merged(open_checkpoint(folder, hints=Hints.of(given.model) if given else NO_HINTS))
     if given is not None:
         return weights, given.with_vocabulary(weights.padded_vocab_size)
     keys = _described(weights)

@@ -11,7 +11,7 @@ from neox.checkpoint.huggingface import HuggingFaceReader
 from neox.checkpoint.manifest import MANIFEST
 from neox.checkpoint.native import NativeReader
 from neox.checkpoint.open import locate_checkpoint, open_checkpoint
-from neox.checkpoint.upstream import UpstreamReader
+from neox.checkpoint.upstream import Hints, UpstreamReader
 from neox.checkpoint.weights import WeightReader
 from neox.config import LoadedModel
 
@@ -32,19 +32,24 @@ def read_loaded_model(values: Mapping[str, Any]) -> LoadedModel | None:
     load, iteration = values.get("load"), values.get("iteration")
     if not isinstance(load, str) or not (iteration is None or isinstance(iteration, int)):
         return None
-    root, residual = Path(load), values.get("gpt_j_residual")
+    root = Path(load)
     fallback = values.get("load_fallback") is True
     folder = checkpoint_to_load(root, iteration, fallback=fallback) if root.is_dir() else None
     if folder is None and all(values.get(size) is not None for size in _ARGUMENTS):
         return None
-    return _read(locate_checkpoint(folder or root), residual=residual if isinstance(residual, bool) else None)
+    return _read(locate_checkpoint(folder or root), _hints(values))
 
 
-def _read(folder: Path, *, residual: bool | None = None) -> LoadedModel:
-    reader = open_checkpoint(folder, gpt_j_residual=residual)
+def _read(folder: Path, hints: Hints) -> LoadedModel:
+    reader = open_checkpoint(folder, hints=hints)
     if saved_keys(reader):
         return LoadedModel.whole(model_config_of(reader), str(_place(reader)), tokenizer_keys(reader.folder))
     return LoadedModel(_sizes(reader), str(reader.folder))
+
+
+def _hints(values: Mapping[str, Any]) -> Hints:
+    residual, heads = values.get("gpt_j_residual"), values.get("num_attention_heads")
+    return Hints(residual if isinstance(residual, bool) else None, heads if isinstance(heads, int) else None)
 
 
 def _sizes(reader: WeightReader) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from neox.checkpoint.huggingface import HuggingFaceReader, is_huggingface
 from neox.checkpoint.manifest import MANIFEST, checkpoint_folder, is_native
 from neox.checkpoint.meta_llama import MetaLlamaReader, is_meta_llama
 from neox.checkpoint.native import NativeReader
-from neox.checkpoint.upstream import GQALayout, UpstreamReader
+from neox.checkpoint.upstream import NO_HINTS, Hints, UpstreamReader
 from neox.checkpoint.upstream_files import is_upstream
 from neox.checkpoint.weights import WeightReader
 from neox.errors import CheckpointError
@@ -16,8 +16,7 @@ def open_checkpoint(
     path: Path,
     iteration: int | None = None,
     *,
-    gpt_j_residual: bool | None = None,
-    gqa_layout: GQALayout | None = None,
+    hints: Hints = NO_HINTS,
 ) -> WeightReader:
     """Open the weights at `path`, whatever wrote them.
 
@@ -25,8 +24,7 @@ def open_checkpoint(
         path: a folder of checkpoints with `latest` in it, one of its `global_step<N>` folders, or a folder of
             Hugging Face's or of Meta's.
         iteration: which checkpoint of the folder; None for the one that `latest` names.
-        gpt_j_residual: see `UpstreamReader`.
-        gqa_layout: see `UpstreamReader`.
+        hints: see `UpstreamReader`.
 
     Raises:
         CheckpointError: there is nothing that can be read; says what was found.
@@ -35,7 +33,7 @@ def open_checkpoint(
     if is_native(folder):
         return NativeReader(folder)
     if is_upstream(folder):
-        return UpstreamReader(folder, gpt_j_residual=gpt_j_residual, gqa_layout=gqa_layout)
+        return UpstreamReader(folder, hints)
     if is_meta_llama(folder):
         return MetaLlamaReader(folder)
     return HuggingFaceReader(folder)

@@ -5,6 +5,7 @@ from typing import Protocol
 
 from neox.checkpoint.manifest import Manifest, is_native
 from neox.checkpoint.native import NativeReader
+from neox.checkpoint.upstream import NO_HINTS, Hints
 from neox.checkpoint.upstream_files import is_upstream
 from neox.checkpoint.upstream_run import UpstreamRun
 from neox.checkpoint.weights import WeightReader
@@ -26,12 +27,12 @@ class RunReader(WeightReader, Protocol):
         ...
 
 
-def open_run(folder: Path, *, gpt_j_residual: bool | None = None, with_optimizer: bool = True) -> RunReader | None:
+def open_run(folder: Path, *, hints: Hints = NO_HINTS, with_optimizer: bool = True) -> RunReader | None:
     """Open a checkpoint as a run to go on with; None where it holds weights and no run.
 
     Args:
         folder: of one checkpoint.
-        gpt_j_residual: see `UpstreamReader`.
+        hints: see `UpstreamReader`.
         with_optimizer: whether the optimizer's state is wanted. Without, weights that GPT-NeoX saved alone are a run
             too: how far it had come is known.
 
@@ -43,5 +44,5 @@ def open_run(folder: Path, *, gpt_j_residual: bool | None = None, with_optimizer
         return native if native.manifest.schedule else None
     if not is_upstream(folder):
         return None
-    upstream = UpstreamRun(folder, gpt_j_residual=gpt_j_residual, with_optimizer=with_optimizer)
+    upstream = UpstreamRun(folder, hints=hints, with_optimizer=with_optimizer)
     return upstream if upstream.manifest.optimizer is not None or not with_optimizer else None

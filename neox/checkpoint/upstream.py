@@ -4,6 +4,7 @@ import logging
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -15,6 +16,7 @@ from neox.checkpoint.upstream_names import Dialect, dialect_of, translate
 from neox.checkpoint.upstream_parts import Part
 from neox.checkpoint.weight_map import Kind, kind_of
 from neox.checkpoint.weights import missing_tensor
+from neox.config import ModelConfig
 from neox.config.yaml_files import merge
 from neox.errors import CheckpointError, ConfigError
 from neox.parallel.splits import ONE_GROUP, join_shards, split_dimension
@@ -32,16 +34,38 @@ _REWARD_HEAD = ".rm_linear.weight"
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Hints:
+    """What the configuration of a run tells of its files; None where it is not known.
+
+    Attributes:
+        gpt_j_residual: residual style. It matters only for the biases of row-parallel matrices at tensor-parallel size
+            above 1.
+        num_attention_heads: matters only for rows of query_key_value that go from query head to query head.
+        gqa_layout: how query_key_value is laid out where heads share keys, which no shape tells.
+    """
+
+    gpt_j_residual: bool | None = None
+    num_attention_heads: int | None = None
+    gqa_layout: GQALayout | None = None
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> "Hints":
+        """Hints of a resolved model."""
+        return cls(model.gpt_j_residual, model.num_attention_heads)
+
+
+NO_HINTS = Hints()
+
+
 class UpstreamReader:
     """One `global_step<N>` folder of GPT-NeoX: any layout, tensor-parallel size, ZeRO stage and dialect of names.
 
     Args:
         folder: the `global_step<N>` folder.
-        gpt_j_residual: residual style of the run; None looks it up in the configuration files saved beside the
-            weights. It matters only for the biases of row-parallel matrices at tensor-parallel size above 1.
-        gqa_layout: how query_key_value is laid out where heads share keys, which no shape tells. None takes the
-            `gqa_layout` of the configuration files beside the weights; without one `interleaved` with the names of
-            before September 2024, when there was no other, and else `contiguous`.
+        hints: what they leave open is looked up in the configuration files saved beside the weights. Without a
+            `gqa_layout` there either it is `interleaved` with the names of before September 2024, when there was no
+            other, and else `contiguous`.
 
     Attributes:
         folder: as given.
@@ -52,16 +76,13 @@ class UpstreamReader:
         CheckpointError: files are missing or damaged, or hold another architecture than GPT-NeoX's.
     """
 
-    def __init__(
-        self, folder: Path, *, gpt_j_residual: bool | None = None, gqa_layout: GQALayout | None = None
-    ) -> None:
+    def __init__(self, folder: Path, hints: Hints = NO_HINTS) -> None:
         self.folder = folder
         self.drift: dict[str, float] = {}
         self.files = UpstreamFiles(folder)
         self._dialect = dialect_of(self.files.weights[0])
         self._shards = self._by_name(self.files.weights)
-        self._gpt_j_residual = gpt_j_residual
-        self._gqa_layout = gqa_layout
+        self._hints = hints
         self._check_architecture()
 
     def __contains__(self, name: str) -> bool:
@@ -76,7 +97,7 @@ class UpstreamReader:
         return {name: self._shape(name) for name in self._shards}
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Read a parameter, whole, on the CPU, in the dtype of the file.
+        """Read a parameter, whole, on the CPU, in the dtype of the file; biases that were summed in fp32.
 
         Split parameters are joined. Copies on several ranks are averaged, as they may have drifted apart by
         rounding. Biases of row-parallel matrices are summed where the run had parallel residuals, because each
@@ -108,7 +129,7 @@ class UpstreamReader:
             total = parts[0].read().float()
             for part in parts[1:]:
                 total += part.read()
-            return total.to(parts[0].dtype)
+            return total  # no rank's own bias is rounded; in the dtype of the file their sum would be
         return self._agreed(name, parts)
 
     @property
@@ -183,8 +204,8 @@ class UpstreamReader:
         """Whether row-parallel biases add up over ranks; TransformerEngine adds one after the reduction."""
         if self._dialect is Dialect.TRANSFORMER_ENGINE:
             return False
-        if self._gpt_j_residual is not None:
-            return self._gpt_j_residual
+        if self._hints.gpt_j_residual is not None:
+            return self._hints.gpt_j_residual
         if not {"num_layers", "hidden_size"} & set(self._saved_config):
             raise CheckpointError(
                 f"{self.folder}: was trained at model_parallel_size {self.files.ranks}, and how to join its biases "
@@ -196,7 +217,7 @@ class UpstreamReader:
         """Whether the rows of a parameter go from query head to query head though heads share keys."""
         if not name.rpartition(".")[0].endswith("attention.query_key_value") or self._groups(name) == ONE_GROUP:
             return False
-        told = self._gqa_layout or self._saved_config.get("gqa_layout")
+        told = self._hints.gqa_layout or self._saved_config.get("gqa_layout")
         if told not in (None, *get_args(GQALayout)):
             raise CheckpointError(f"{self.folder}: gqa_layout is {told}; expected {' or '.join(get_args(GQALayout))}")
         return told == "interleaved" if told else self._dialect is Dialect.LEGACY
@@ -207,11 +228,12 @@ class UpstreamReader:
         A query head's share of the keys is no head: the shares of all query heads of a group, one after another, are
         the head of keys that they use.
         """
-        heads = self.files.arguments.get("num_attention_heads") or self._saved_config.get("num_attention_heads")
+        places = (self.files.arguments, self._saved_config, {"num_attention_heads": self._hints.num_attention_heads})
+        heads = next((place["num_attention_heads"] for place in places if place.get("num_attention_heads")), None)
         if not isinstance(heads, int):
             raise CheckpointError(
                 f"{self.folder}: the rows of {name} go from head to head, and nothing says how many heads there are; "
-                "put the configuration of the run in configs/ beside the weights"
+                "give the configuration of the run, or put it in configs/ beside the weights"
             )
         query, share, _ = (size * rows.shape[0] // sum(self._groups(name)) // heads for size in self._groups(name))
         by_head = rows.reshape(heads, query + 2 * share, *rows.shape[1:])

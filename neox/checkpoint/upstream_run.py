@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from neox.checkpoint.manifest import Layout, Manifest, Progress
-from neox.checkpoint.upstream import GQALayout, UpstreamReader
+from neox.checkpoint.upstream import NO_HINTS, Hints, UpstreamReader
 from neox.checkpoint.upstream_files import standard_name
 from neox.checkpoint.upstream_names import is_buffer, translate
 from neox.checkpoint.upstream_parts import Part
@@ -41,7 +41,7 @@ class UpstreamRun:
 
     Args:
         folder: the `global_step<N>` folder.
-        gpt_j_residual, gqa_layout: see `UpstreamReader`.
+        hints: see `UpstreamReader`.
         with_optimizer: read its state too.
 
     Attributes:
@@ -56,12 +56,11 @@ class UpstreamRun:
         self,
         folder: Path,
         *,
-        gpt_j_residual: bool | None = None,
-        gqa_layout: GQALayout | None = None,
+        hints: Hints = NO_HINTS,
         with_optimizer: bool = True,
     ) -> None:
         self.folder = folder
-        self.reader = UpstreamReader(folder, gpt_j_residual=gpt_j_residual, gqa_layout=gqa_layout)
+        self.reader = UpstreamReader(folder, hints)
         self._files = self.reader.files
         self._step = 0
         self._states = self._read_states() if with_optimizer else {}

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from neox.checkpoint.lora import merged
 from neox.checkpoint.open import open_checkpoint
+from neox.checkpoint.upstream import Hints
 from neox.checkpoint.weights import WeightReader, check_vocabulary, weight_source
 from neox.config import Config
 from neox.data.tokenizers import Tokenizer, build_tokenizer
@@ -24,7 +25,7 @@ def open_model(config: Config) -> WeightReader:
     reader = open_checkpoint(
         Path(config.checkpoint.load),
         config.checkpoint.iteration,
-        gpt_j_residual=config.model.gpt_j_residual,
+        hints=Hints.of(config.model),
     )
     return merged(reader)
 

@@ -7,8 +7,9 @@ import torch
 
 from neox.checkpoint.fallback import QUICK, Check, checkpoint_to_load
 from neox.checkpoint.lora import check_same_lora, merged
-from neox.checkpoint.open import open_checkpoint
+from neox.checkpoint.open import locate_checkpoint, open_checkpoint
 from neox.checkpoint.runs import MASTER, RunReader, open_run
+from neox.checkpoint.upstream import Hints
 from neox.checkpoint.weights import WeightReader, weight_source
 from neox.config import Config
 from neox.errors import CheckpointError
@@ -45,11 +46,11 @@ def origin_of(config: Config, check: Check = QUICK) -> Origin | None:
     if folder is None:
         return None
     if config.checkpoint.finetune:
-        return Origin(merged(open_checkpoint(folder, gpt_j_residual=config.model.gpt_j_residual)))
+        return Origin(merged(open_checkpoint(folder, hints=Hints.of(config.model))))
     with_optimizer = not config.checkpoint.no_load_optim
-    run = open_run(folder, gpt_j_residual=config.model.gpt_j_residual, with_optimizer=with_optimizer)
+    run = open_run(folder, hints=Hints.of(config.model), with_optimizer=with_optimizer)
     if run is None:
-        weights = open_checkpoint(folder, gpt_j_residual=config.model.gpt_j_residual)
+        weights = open_checkpoint(folder, hints=Hints.of(config.model))
         return Origin(weights, remark=f"load {folder}: weights only, starting at iteration 0 with a fresh optimizer")
     check_same_lora(run, config.lora)
     if with_optimizer:
@@ -75,7 +76,8 @@ def load_folder(config: Config, check: Check = QUICK) -> Path | None:
     """The checkpoint that `load` means; None where there is none yet and the run starts from scratch.
 
     As upstream: a folder without `latest` is not an error, unless `iteration` or `finetune` says that there must be
-    something. That lets the same command start a run and take it up again.
+    something. That lets the same command start a run and take it up again. But a folder that holds other things, and is
+    not the one this run saves to, is a mistyped one.
 
     Raises:
         CheckpointError: if there must be a checkpoint and is not, or `check` finds it damaged.
@@ -89,6 +91,9 @@ def load_folder(config: Config, check: Check = QUICK) -> Path | None:
         if root.is_dir():
             return root
         raise CheckpointError(f"load {root}: no such folder, and finetune: true needs weights to start from")
+    is_own = settings.save is not None and Path(settings.save).resolve() == root.resolve()
+    if folder is None and not is_own and root.is_dir() and any(root.iterdir()):
+        return locate_checkpoint(root)
     return folder
 
 

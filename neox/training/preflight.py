@@ -116,8 +116,9 @@ def settle_vocabulary(config: Config) -> Config:
 
 def _check_vocabulary(config: Config, weights: WeightReader) -> None:
     """See that the checkpoint has a row for each token, where the tokenizer is at hand; training needs none."""
-    vocab_file = config.tokenizer.vocab_file
-    if vocab_file is not None and Path(vocab_file).is_file():
+    settings = config.tokenizer
+    has_file = settings.vocab_file is not None and Path(settings.vocab_file).is_file()
+    if has_file or settings.tokenizer_type == "CharLevelTokenizer":
         check_vocabulary(weights, build_tokenizer(config.tokenizer).vocab_size)
 
 

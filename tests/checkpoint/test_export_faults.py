@@ -15,6 +15,7 @@ from neox.checkpoint.described import open_described
 from neox.checkpoint.export import Export
 from neox.checkpoint.huggingface import HuggingFaceWriter, export_huggingface
 from neox.checkpoint.open import open_checkpoint
+from neox.checkpoint.upstream import Hints
 from neox.config import config_from_dict
 from neox.errors import CheckpointError
 
@@ -42,7 +43,7 @@ def test_fault_3_biases_of_two_ranks_are_joined_as_they_were_used(tmp_path, name
     for rank in (0, 1):
         config, arrays, weights = read_golden(GOLDENS / "tp2" / f"{name}.rank{rank}.npz")
         torch.save({"module": weights}, tmp_path / "given" / f"mp_rank_{rank:02d}_model_states.pt")
-    reader = open_checkpoint(tmp_path / "given", gpt_j_residual=config.model.gpt_j_residual)
+    reader = open_checkpoint(tmp_path / "given", hints=Hints(gpt_j_residual=config.model.gpt_j_residual))
     export_huggingface(reader, config.model, tmp_path / "out", dtype=torch.float32)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():

@@ -41,7 +41,7 @@ def test_an_upload_is_listed_and_then_done(tmp_path, capsys, hub):
     exported(tmp_path / "out", **GQA)
     (tmp_path / "out" / ".cache").mkdir()
     (tmp_path / "out" / ".cache" / "junk").write_text("x")
-    flags = ["--input_dir", tmp_path / "out", "--repo_id", "lab/model-1.4b"]
+    flags = [tmp_path / "out", "lab/model-1.4b"]
     assert run_script("tools/ckpts/upload_to_hub.py", *flags, "--dry-run") == 0
     said = capsys.readouterr().out.splitlines()
     files = {"config.json", "generation_config.json", "model.safetensors"}
@@ -49,9 +49,7 @@ def test_an_upload_is_listed_and_then_done(tmp_path, capsys, hub):
     total = sum((tmp_path / "out" / name).stat().st_size for name in files)
     assert said[-1] == f"would upload 3 files, {total:,} bytes, to lab/model-1.4b (private) at main"
     assert hub.calls == []
-    assert (
-        run_script("tools/ckpts/upload_to_hub.py", *flags, "--public", "--revision", "step2", "--message", "Two") == 0
-    )
+    assert run_script("tools/ckpts/upload_to_hub.py", *flags, "step2", "--public", "--message", "Two") == 0
     assert capsys.readouterr().out.strip().endswith("at https://hub/commit/1")
     assert [name for name, *_ in hub.calls] == ["create_repo", "create_branch", "upload_folder"]
     assert {repo for _, repo, _ in hub.calls} == {"lab/model-1.4b"}
@@ -86,7 +84,7 @@ def test_a_folder_that_is_not_whole_is_not_uploaded(tmp_path, capsys, hub):
     ]
     for damage, message in cases:
         damage()
-        assert run_script("tools/ckpts/upload_to_hub.py", "--input_dir", folder, "--repo_id", "lab/model") == 2, message
+        assert run_script("tools/ckpts/upload_to_hub.py", folder, "lab/model") == 2, message
         said = capsys.readouterr().err
         assert message in said
         assert said.count("\n") == 1
@@ -95,7 +93,7 @@ def test_a_folder_that_is_not_whole_is_not_uploaded(tmp_path, capsys, hub):
         (folder / "generation_config.json").write_text("{}")
         (folder / "weights.tmp").unlink(missing_ok=True)
     for repo in ("model", "lab/", "lab/a b", "lab/model/extra"):
-        assert run_script("tools/ckpts/upload_to_hub.py", "--input_dir", folder, "--repo_id", repo) == 2
+        assert run_script("tools/ckpts/upload_to_hub.py", folder, repo) == 2
         assert "give ORGANISATION/NAME" in capsys.readouterr().err
     assert hub.calls == []
 
@@ -109,5 +107,5 @@ def test_what_the_hub_refuses_is_one_line(tmp_path, capsys, hub, monkeypatch):
         raise HFValidationError("Repo id must be\nsomething else")
 
     monkeypatch.setattr(FakeApi, "upload_folder", refuse)
-    assert run_script("tools/ckpts/upload_to_hub.py", "--input_dir", tmp_path / "out", "--repo_id", "lab/model") == 2
+    assert run_script("tools/ckpts/upload_to_hub.py", tmp_path / "out", "lab/model") == 2
     assert "lab/model: the Hub did not take it (Repo id must be something else)\n" in capsys.readouterr().err

@@ -89,7 +89,7 @@ def arguments(name, folder):
         "logits.py": (folder / "hf", "--tokens", folder / "ids.npy", "--out", folder / "out"),
         "merge_lora.py": ("--input_dir", folder / "adapted", "--config_file", folder / "model.yml", *out),
         "reshard.py": ("--input_dir", folder / "native", "--format", "pipeline", *out),
-        "upload_to_hub.py": ("--input_dir", folder / "hf", "--repo_id", "organisation/model"),
+        "upload_to_hub.py": (folder / "hf", "organisation/model"),
         "verify_checkpoint.py": (folder / "neox", "--logits", folder / "hf"),
     }[name]
 

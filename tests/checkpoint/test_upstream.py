@@ -9,7 +9,7 @@ from golden_models import GOLDENS, canonical, read_run
 
 from neox.checkpoint import torch_file
 from neox.checkpoint.open import open_checkpoint
-from neox.checkpoint.upstream import UpstreamReader
+from neox.checkpoint.upstream import Hints, UpstreamReader
 from neox.checkpoint.weights import weight_source
 from neox.config import load_config
 from neox.errors import CheckpointError
@@ -87,9 +87,9 @@ def test_row_biases_follow_the_residual(tmp_path):
     assert not torch.equal(first, second)
     with pytest.raises(CheckpointError, match="gpt_j_residual"):
         open_checkpoint(tmp_path / "global_step1").tensor(name)
-    summed = open_checkpoint(tmp_path / "global_step1", gpt_j_residual=True).tensor(name)
+    summed = open_checkpoint(tmp_path / "global_step1", hints=Hints(gpt_j_residual=True)).tensor(name)
     assert torch.equal(summed, first + second)
-    averaged = open_checkpoint(tmp_path / "global_step1", gpt_j_residual=False).tensor(name)
+    averaged = open_checkpoint(tmp_path / "global_step1", hints=Hints(gpt_j_residual=False)).tensor(name)
     assert torch.equal(averaged, (first + second) / 2)
 
 

@@ -7,10 +7,12 @@ from checkpoint.upstream_folders import one_golden, tp2_golden, write_pipeline, 
 from golden_models import canonical
 
 from neox.checkpoint.open import open_checkpoint
-from neox.checkpoint.upstream import UpstreamReader
+from neox.checkpoint.upstream import Hints, UpstreamReader
 from neox.checkpoint.weights import weight_source
 from neox.errors import CheckpointError
 from neox.model.build import build_decoder
+
+INTERLEAVED, CONTIGUOUS = Hints(gqa_layout="interleaved"), Hints(gqa_layout="contiguous")
 
 LEGACY = {"linear1": "dense_h_to_4h", "linear2": "dense_4h_to_h"}
 QKV = "sequential.2.attention.query_key_value.weight"
@@ -84,7 +86,7 @@ def test_names_of_transformer_engine(tmp_path):
 def test_transformer_engine_adds_one_bias_after_the_reduction(tmp_path):
     _, _, by_rank = tp2_golden("pythia_like")
     write_sequential(tmp_path / "global_step1", [renamed(weights, TRANSFORMER_ENGINE) for weights in by_rank])
-    reader = UpstreamReader(tmp_path / "global_step1", gpt_j_residual=True)
+    reader = UpstreamReader(tmp_path / "global_step1", hints=Hints(gpt_j_residual=True))
     parts = [weights["sequential.2.attention.dense.bias"] for weights in by_rank]
     assert torch.allclose(reader.tensor("layers.2.attention.dense.bias"), (parts[0] + parts[1]) / 2)
 
@@ -123,11 +125,17 @@ def test_shared_keys_spread_over_query_heads(tmp_path, ranks):
 
     write_sequential(tmp_path / "old", [separate_gates(weights) for weights in by_rank], config)
     write_sequential(tmp_path / "new", by_rank, config)
-    for reader in (UpstreamReader(tmp_path / "old"), UpstreamReader(tmp_path / "new", gqa_layout="interleaved")):
+    for reader in (
+        UpstreamReader(tmp_path / "old"),
+        UpstreamReader(tmp_path / "new", hints=INTERLEAVED),
+    ):
         whole = reader.tensor(canonical(QKV))
         assert reader.shapes()[canonical(QKV)] == whole.shape
         assert torch.allclose(x_SD @ whole.T, expected, atol=1e-6)
-    for reader in (UpstreamReader(tmp_path / "new"), UpstreamReader(tmp_path / "old", gqa_layout="contiguous")):
+    for reader in (
+        UpstreamReader(tmp_path / "new"),
+        UpstreamReader(tmp_path / "old", hints=CONTIGUOUS),
+    ):
         whole = reader.tensor(canonical(QKV))
         assert not torch.allclose(x_SD @ whole.T, expected, atol=1e-2)
 
@@ -148,15 +156,18 @@ def test_the_number_of_heads_must_be_known_where_rows_go_from_head_to_head(tmp_p
     _, _, by_rank = tp2_golden("llama_gqa")
     write_sequential(tmp_path / "a", by_rank)
     with pytest.raises(CheckpointError, match="nothing says how many heads"):
-        UpstreamReader(tmp_path / "a", gqa_layout="interleaved").tensor(canonical(QKV))
+        UpstreamReader(tmp_path / "a", hints=INTERLEAVED).tensor(canonical(QKV))
     write_sequential(tmp_path / "b", by_rank, args={"num_attention_heads": 4})
-    assert UpstreamReader(tmp_path / "b", gqa_layout="interleaved").tensor(canonical(QKV)).shape == (64, 32)
+    assert UpstreamReader(tmp_path / "b", hints=INTERLEAVED).tensor(canonical(QKV)).shape == (
+        64,
+        32,
+    )
 
 
 def test_a_file_beside_the_weights_says_how_rows_go(tmp_path):
     config, _, by_rank = tp2_golden("llama_gqa")
     write_sequential(tmp_path / "a", by_rank, config)
-    told = UpstreamReader(tmp_path / "a", gqa_layout="interleaved").tensor(canonical(QKV))
+    told = UpstreamReader(tmp_path / "a", hints=INTERLEAVED).tensor(canonical(QKV))
     assert not torch.equal(UpstreamReader(tmp_path / "a").tensor(canonical(QKV)), told)
     hint = tmp_path / "a" / "configs" / "rows.yml"
     hint.write_text("gqa-layout: interleaved")

@@ -12,6 +12,7 @@ from ranks import run_ranks
 
 from neox.checkpoint.manifest import Layout, Progress
 from neox.checkpoint.torch_file import load_torch_file
+from neox.checkpoint.upstream import Hints
 from neox.checkpoint.upstream_run import UpstreamRun
 from neox.checkpoint.weight_map import weight_map
 from neox.errors import CheckpointError
@@ -285,7 +286,7 @@ def test_tensor_ranks_under_zero_are_joined(tmp_path):
     ranks = run_ranks(upstream_runs.save_divided, 2, tmp_path, cases)
     logical = weight_map(upstream_runs.DIVIDED.model)
     for case in cases:
-        run = UpstreamRun(ranks[0][case].folder, gpt_j_residual=False)
+        run = UpstreamRun(ranks[0][case].folder, hints=Hints(gpt_j_residual=False))
         assert run.manifest.layout == Layout(1, 1, 2, int(case[-1]))
         first, second = (rank[case].states for rank in ranks)
         assert {key for key in run.manifest.tensors if "/" in key} == set(first)

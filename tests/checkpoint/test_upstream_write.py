@@ -15,6 +15,7 @@ from neox.checkpoint.convert import write_native
 from neox.checkpoint.described import open_described, progress_of
 from neox.checkpoint.open import open_checkpoint
 from neox.checkpoint.torch_file import load_torch_file
+from neox.checkpoint.upstream import Hints
 from neox.checkpoint.upstream_write import UpstreamLayout, UpstreamWriter
 from neox.config import config_from_dict
 from neox.data.tokenizers import build_tokenizer
@@ -123,7 +124,7 @@ def test_each_rank_gets_what_upstream_gave_it(tmp_path, name):
     (tmp_path / "given").mkdir()
     for rank, weights in enumerate(by_rank):
         torch.save({"module": weights}, tmp_path / "given" / f"mp_rank_{rank:02d}_model_states.pt")
-    joined = open_checkpoint(tmp_path / "given", gpt_j_residual=config.model.gpt_j_residual)
+    joined = open_checkpoint(tmp_path / "given", hints=Hints(gpt_j_residual=config.model.gpt_j_residual))
     folder = UpstreamWriter(joined, config, layout=UpstreamLayout(0, 2)).write(tmp_path / "out")
     for rank, weights in enumerate(by_rank):
         module = torch.load(folder / f"mp_rank_{rank:02d}_model_states.pt", weights_only=True)["module"]

@@ -1,6 +1,6 @@
 """Upload an exported model to the Hugging Face Hub, after a check that the folder is whole.
 
-python tools/ckpts/upload_to_hub.py --input_dir exported --repo_id organisation/model
+python tools/ckpts/upload_to_hub.py exported organisation/model
 """
 
 import argparse
@@ -17,9 +17,9 @@ def main(arguments: list[str]) -> None:
     """Check, list, and upload unless told not to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--input_dir", type=Path, required=True, help="folder that convert_neox_to_hf.py or save_hf wrote")
-    add("--repo_id", required=True, help="ORGANISATION/NAME; made if it is not there")
-    add("--revision", help="branch (default: main)")
+    add("input_dir", type=Path, help="folder that convert_neox_to_hf.py or save_hf wrote")
+    add("repo_id", help="ORGANISATION/NAME; made if it is not there")
+    add("revision", nargs="?", help="branch (default: main)")
     add("--message", help="of the commit")
     add("--public", action="store_true", help="a repository that is made is open to everybody")
     add("--dry-run", action="store_true", help="list what would be uploaded, and ask nobody")

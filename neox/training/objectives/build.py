@@ -7,6 +7,7 @@ import torch
 
 from neox.checkpoint.lora import merged
 from neox.checkpoint.open import open_checkpoint
+from neox.checkpoint.upstream import Hints
 from neox.checkpoint.upstream_run import UpstreamRun
 from neox.checkpoint.weights import weight_source
 from neox.config import Config
@@ -64,7 +65,7 @@ def _reference(config: Config, mesh: Mesh, origin: Origin | None) -> tuple[Refer
 
 
 def _weights(folder: Path, config: Config) -> WeightSource:
-    return weight_source(merged(open_checkpoint(folder, gpt_j_residual=config.model.gpt_j_residual)))
+    return weight_source(merged(open_checkpoint(folder, hints=Hints.of(config.model))))
 
 
 def reference_folder(config: Config, origin: Origin | None) -> Path | None:
