@@ -78,8 +78,8 @@ class Bare:
 
     def step(self, tokens_BS1: torch.Tensor) -> torch.Tensor:
         """See Contestant."""
-        ((tokens, targets, _),) = _batch(tokens_BS1, self.mesh).micro_batches
-        loss = self.model(tokens, targets)
+        (inputs,) = _batch(tokens_BS1, self.mesh).micro_batches
+        loss = self.model(inputs.tokens_BS, inputs.targets)
         return _update(loss, self.model, self.optimizer, self.clip)
 
 

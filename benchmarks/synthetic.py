@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from benchmarks.shapes import Shape
-from neox.checkpoint.upstream_write import UpstreamLayout, UpstreamWriter
+from neox.checkpoint.upstream.write import UpstreamLayout, UpstreamWriter
 from neox.checkpoint.weight_map import weight_map
 from neox.config import Config
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from neox.checkpoint.lora import MergedWeights
-from neox.checkpoint.native import NativeReader
+from neox.checkpoint.native.store import NativeReader
 from neox.checkpoint.weights import WeightReader
 from neox.config import ModelConfig, config_from_dict
 from neox.config.model import OTHER_KEYS

@@ -6,10 +6,10 @@ from typing import Any
 
 from neox.checkpoint.architecture import Described, blocks_of, of_sections, saved_config
 from neox.checkpoint.lora import MergedWeights, merged
-from neox.checkpoint.manifest import Progress
-from neox.checkpoint.native import NativeReader
+from neox.checkpoint.native.manifest import Progress
+from neox.checkpoint.native.store import NativeReader
 from neox.checkpoint.open import open_checkpoint
-from neox.checkpoint.upstream import NO_HINTS, Hints, UpstreamReader
+from neox.checkpoint.upstream.reader import NO_HINTS, Hints, UpstreamReader
 from neox.checkpoint.weights import WeightReader
 from neox.config import Config, config_from_dict, load_config
 from neox.errors import CheckpointError, ConfigError

@@ -6,12 +6,12 @@ from typing import Any
 
 from neox.checkpoint.architecture import model_config_of, saved_keys
 from neox.checkpoint.described import tokenizer_keys
-from neox.checkpoint.fallback import checkpoint_to_load
 from neox.checkpoint.huggingface import HuggingFaceReader
-from neox.checkpoint.manifest import MANIFEST
-from neox.checkpoint.native import NativeReader
+from neox.checkpoint.native.fallback import checkpoint_to_load
+from neox.checkpoint.native.manifest import MANIFEST
+from neox.checkpoint.native.store import NativeReader
 from neox.checkpoint.open import locate_checkpoint, open_checkpoint
-from neox.checkpoint.upstream import Hints, UpstreamReader
+from neox.checkpoint.upstream.reader import Hints, UpstreamReader
 from neox.checkpoint.weights import WeightReader
 from neox.config import LoadedModel
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from neox.checkpoint.native import NativeReader
+from neox.checkpoint.native.store import NativeReader
 from neox.checkpoint.runs import RunReader
 from neox.checkpoint.weights import WeightReader
 from neox.config import LoraConfig

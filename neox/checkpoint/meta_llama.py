@@ -18,8 +18,8 @@ import torch
 
 from neox.checkpoint.huggingface.layouts import SeparateQKV
 from neox.checkpoint.huggingface.llama import LLAMA
-from neox.checkpoint.torch_file import TorchFile
-from neox.checkpoint.upstream_parts import Flat, as_part, is_tensor
+from neox.checkpoint.storage.torch_file import TorchFile
+from neox.checkpoint.upstream.parts import Flat, as_part, is_tensor
 from neox.checkpoint.weight_map import LogicalTensor, weight_map
 from neox.checkpoint.weights import check_shape, missing_tensor
 from neox.config import config_from_dict

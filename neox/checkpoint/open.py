@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from neox.checkpoint.huggingface import HuggingFaceReader, is_huggingface
-from neox.checkpoint.manifest import MANIFEST, checkpoint_folder, is_native
 from neox.checkpoint.meta_llama import MetaLlamaReader, is_meta_llama
-from neox.checkpoint.native import NativeReader
-from neox.checkpoint.upstream import NO_HINTS, Hints, UpstreamReader
-from neox.checkpoint.upstream_files import is_upstream
+from neox.checkpoint.native.manifest import MANIFEST, checkpoint_folder, is_native
+from neox.checkpoint.native.store import NativeReader
+from neox.checkpoint.upstream.files import is_upstream
+from neox.checkpoint.upstream.reader import NO_HINTS, Hints, UpstreamReader
 from neox.checkpoint.weights import WeightReader
 from neox.errors import CheckpointError
 

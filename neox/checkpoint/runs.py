@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Protocol
 
-from neox.checkpoint.manifest import Manifest, is_native
-from neox.checkpoint.native import NativeReader
-from neox.checkpoint.upstream import NO_HINTS, Hints
-from neox.checkpoint.upstream_files import is_upstream
-from neox.checkpoint.upstream_run import UpstreamRun
+from neox.checkpoint.native.manifest import Manifest, is_native
+from neox.checkpoint.native.store import NativeReader
+from neox.checkpoint.upstream.files import is_upstream
+from neox.checkpoint.upstream.reader import NO_HINTS, Hints
+from neox.checkpoint.upstream.run import UpstreamRun
 from neox.checkpoint.weights import WeightReader
 
 MASTER = "master"

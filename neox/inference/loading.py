@@ -4,7 +4,7 @@ from pathlib import Path
 
 from neox.checkpoint.lora import merged
 from neox.checkpoint.open import open_checkpoint
-from neox.checkpoint.upstream import Hints
+from neox.checkpoint.upstream.reader import Hints
 from neox.checkpoint.weights import WeightReader, check_vocabulary, weight_source
 from neox.config import Config
 from neox.data.tokenizers import Tokenizer, build_tokenizer

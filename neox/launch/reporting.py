@@ -56,7 +56,7 @@ def print_notices(lines: Iterable[str], placement: Placement | None) -> None:
     else:
         speaks = placement.rank == 0 and not started_by_us
     if speaks:
-        for line in lines:
+        for line in filter(None, lines):
             _print(line)
 
 

@@ -52,6 +52,7 @@ class Start:
         self._workers = self._node.workers(workers) if self._node else workers
         self.world_size = self._count()
         self.description = self._describe()
+        """What was found, in one line; empty where there is nothing to tell."""
 
     def _count(self) -> int:
         if self._pool is not None:
@@ -65,7 +66,7 @@ class Start:
         if self._node is not None:
             host = f"host {self._node.rank} of {self._node.count}"
             return f"launcher: {self._node.launcher}; {host}, {self._workers} of {many} here"
-        return f"launcher: none; {many} on this machine"
+        return f"launcher: none; {many} on this machine" if self.world_size > 1 else ""
 
     @property
     def is_alone(self) -> bool:

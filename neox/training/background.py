@@ -6,7 +6,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from neox.checkpoint.native import Team
+from neox.checkpoint.native.store import Team
 from neox.parallel.mesh import Mesh
 from neox.training.team import team_of
 

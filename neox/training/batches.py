@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from neox.checkpoint.manifest import Progress
+from neox.checkpoint.native.manifest import Progress
 from neox.config.ramp import BatchRamp
 from neox.model.attention import AttentionContext
 from neox.model.loss import Targets

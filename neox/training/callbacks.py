@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from neox.checkpoint.manifest import Progress
+from neox.checkpoint.native.manifest import Progress
 from neox.config import Config, ModelConfig
 from neox.errors import UserError
 from neox.model.flops import TokenFlops, flops_per_token

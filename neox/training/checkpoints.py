@@ -1,6 +1,6 @@
 """Taking a saved run up again."""
 
-from neox.checkpoint.manifest import Layout, Progress
+from neox.checkpoint.native.manifest import Layout, Progress
 from neox.checkpoint.runs import RunReader
 from neox.config import Config
 from neox.parallel.mesh import Mesh

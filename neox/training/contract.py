@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from neox.checkpoint.manifest import Layout, Manifest
+from neox.checkpoint.native.manifest import Layout, Manifest
 from neox.checkpoint.runs import RunReader
 from neox.config import Config, config_from_dict
 from neox.config.schema import places

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from neox.checkpoint.manifest import Progress
+from neox.checkpoint.native.manifest import Progress
 from neox.training.batches import BatchMaker
 from neox.training.engine import Engine
 from neox.training.objectives.objective import Figures

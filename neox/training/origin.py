@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-from neox.checkpoint.fallback import QUICK, Check, checkpoint_to_load
 from neox.checkpoint.lora import check_same_lora, merged
+from neox.checkpoint.native.fallback import QUICK, Check, checkpoint_to_load
 from neox.checkpoint.open import locate_checkpoint, open_checkpoint
 from neox.checkpoint.runs import MASTER, RunReader, open_run
-from neox.checkpoint.upstream import Hints
+from neox.checkpoint.upstream.reader import Hints
 from neox.checkpoint.weights import WeightReader, weight_source
 from neox.config import Config
 from neox.errors import CheckpointError

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from neox.checkpoint.manifest import Progress
+from neox.checkpoint.native.manifest import Progress
 from neox.checkpoint.runs import RunReader
 from neox.config import Config
 from neox.config.ramp import BatchRamp

@@ -7,10 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from neox.checkpoint.commit import prune_checkpoints
-from neox.checkpoint.export import export_beside
-from neox.checkpoint.manifest import Manifest, Progress
-from neox.checkpoint.native import StoredTensor, Team, write_checkpoint
+from neox.checkpoint.conversion.export import export_beside
+from neox.checkpoint.native.commit import prune_checkpoints
+from neox.checkpoint.native.manifest import Manifest, Progress
+from neox.checkpoint.native.store import StoredTensor, Team, write_checkpoint
 from neox.config import Config
 from neox.parallel.rng import rng_state
 from neox.training.background import Background

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import pad
 
-from neox.checkpoint.native import StoredTensor
+from neox.checkpoint.native.store import StoredTensor
 from neox.checkpoint.runs import MASTER, RunReader
 from neox.parallel.splits import join_shards, split_dimension, take_shard
 from neox.training.engine import Engine

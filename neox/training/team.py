@@ -5,9 +5,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from neox.checkpoint.fallback import Check
-from neox.checkpoint.integrity import team_damages
-from neox.checkpoint.native import Team
+from neox.checkpoint.native.fallback import Check
+from neox.checkpoint.native.integrity import team_damages
+from neox.checkpoint.native.store import Team
 from neox.parallel.mesh import Mesh
 
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from neox.checkpoint.native import Team
-from neox.checkpoint.s3 import S3Folder, upload_checkpoint
+from neox.checkpoint.native.s3 import S3Folder, upload_checkpoint
+from neox.checkpoint.native.store import Team
 from neox.config.training import CheckpointConfig
 
 

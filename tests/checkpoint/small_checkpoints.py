@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from neox.checkpoint.manifest import Layout, Manifest, Progress
-from neox.checkpoint.native import StoredTensor, Team, write_checkpoint
+from neox.checkpoint.native.manifest import Layout, Manifest, Progress
+from neox.checkpoint.native.store import StoredTensor, Team, write_checkpoint
 
 
 def names_of(rank: int) -> list[str]:

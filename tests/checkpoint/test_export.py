@@ -12,10 +12,10 @@ from scripts_of import run_script
 from training.layouts import ADAMW
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from neox.checkpoint import export
-from neox.checkpoint.convert import write_native
+from neox.checkpoint.conversion import export
+from neox.checkpoint.conversion.convert import write_native
+from neox.checkpoint.conversion.export import Export
 from neox.checkpoint.described import open_described
-from neox.checkpoint.export import Export
 from neox.checkpoint.huggingface import HuggingFaceReader, HuggingFaceWriter, export_huggingface
 from neox.checkpoint.huggingface.files import BIN, BIN_INDEX
 from neox.checkpoint.open import open_checkpoint

@@ -9,13 +9,13 @@ from safetensors.torch import load_file
 from scripts_of import run_script
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from neox.checkpoint import export
-from neox.checkpoint.convert import largest_logit_difference, write_native
+from neox.checkpoint.conversion import export
+from neox.checkpoint.conversion.convert import largest_logit_difference, write_native
+from neox.checkpoint.conversion.export import Export
 from neox.checkpoint.described import open_described
-from neox.checkpoint.export import Export
 from neox.checkpoint.huggingface import HuggingFaceWriter, export_huggingface
 from neox.checkpoint.open import open_checkpoint
-from neox.checkpoint.upstream import Hints
+from neox.checkpoint.upstream.reader import Hints
 from neox.config import config_from_dict
 from neox.errors import CheckpointError
 

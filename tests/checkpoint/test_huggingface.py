@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from weight_sources import RandomWeights
 
-from neox.checkpoint.convert import largest_logit_difference, write_native
+from neox.checkpoint.conversion.convert import largest_logit_difference, write_native
 from neox.checkpoint.huggingface import INDEX, HuggingFaceReader, export_huggingface
-from neox.checkpoint.native import NativeReader
+from neox.checkpoint.native.store import NativeReader
 from neox.checkpoint.open import open_checkpoint
 from neox.checkpoint.tokenizer_files import export_tokenizer
 from neox.config import TokenizerConfig, config_from_dict, load_config

@@ -10,7 +10,7 @@ from model_families import GQA, KEYS, LLAMA3_SCALING
 from safetensors.torch import load_file, save_file
 from weight_sources import RandomWeights
 
-from neox.checkpoint.convert import write_native
+from neox.checkpoint.conversion.convert import write_native
 from neox.checkpoint.huggingface import INDEX, export_huggingface
 from neox.checkpoint.open import open_checkpoint
 from neox.checkpoint.tokenizer_files import ExportedTokenizer

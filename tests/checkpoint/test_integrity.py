@@ -11,10 +11,10 @@ import pytest
 import torch
 from checkpoint.small_checkpoints import NAMES, save
 
-from neox.checkpoint.fallback import Check, checkpoint_to_load
-from neox.checkpoint.integrity import damages, quick_damages, team_damages
-from neox.checkpoint.manifest import Manifest
-from neox.checkpoint.native import NativeReader, Team
+from neox.checkpoint.native.fallback import Check, checkpoint_to_load
+from neox.checkpoint.native.integrity import damages, quick_damages, team_damages
+from neox.checkpoint.native.manifest import Manifest
+from neox.checkpoint.native.store import NativeReader, Team
 from neox.errors import CheckpointError
 
 MODEL_FILE = "model-00000-000.safetensors"

@@ -13,11 +13,11 @@ from typing import Any
 from checkpoint.small_checkpoints import save, stored
 from ranks import PRELOAD, run_ranks
 
-from neox.checkpoint.commit import prune_checkpoints
-from neox.checkpoint.integrity import damages
-from neox.checkpoint.manifest import checkpoint_folder
-from neox.checkpoint.native import Team
-from neox.checkpoint.tensor_file import TensorFileWriter
+from neox.checkpoint.native.commit import prune_checkpoints
+from neox.checkpoint.native.integrity import damages
+from neox.checkpoint.native.manifest import checkpoint_folder
+from neox.checkpoint.native.store import Team
+from neox.checkpoint.storage.tensor_file import TensorFileWriter
 
 KILLS, SEED = 50, 20240607
 NUMBERS = 60_000

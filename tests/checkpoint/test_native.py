@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from neox.checkpoint.commit import prune_checkpoints
-from neox.checkpoint.manifest import Layout, Manifest, Progress, checkpoint_folder
-from neox.checkpoint.native import AnnouncedTensor, NativeReader, StoredTensor, Team, write_checkpoint
+from neox.checkpoint.native.commit import prune_checkpoints
+from neox.checkpoint.native.manifest import Layout, Manifest, Progress, checkpoint_folder
+from neox.checkpoint.native.store import AnnouncedTensor, NativeReader, StoredTensor, Team, write_checkpoint
 from neox.checkpoint.weights import weight_source
 from neox.errors import CheckpointError
 

@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from neox.checkpoint.progress import progress_bar
+from neox.checkpoint.storage.progress import progress_bar
 
 
 class Terminal(io.StringIO):

@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 
-from neox.checkpoint.ahead import read_ahead
+from neox.checkpoint.storage.ahead import read_ahead
 
 
 class Item:

@@ -8,11 +8,11 @@ from model_families import GQA
 from scripts_of import run_script
 from weight_sources import RandomWeights
 
-from neox.checkpoint.convert import write_native
+from neox.checkpoint.conversion.convert import write_native
+from neox.checkpoint.conversion.reshard import Target, reshard
 from neox.checkpoint.described import open_described, progress_of
-from neox.checkpoint.manifest import Progress
+from neox.checkpoint.native.manifest import Progress
 from neox.checkpoint.open import open_checkpoint
-from neox.checkpoint.reshard import Target, reshard
 from neox.config import config_from_dict
 from neox.errors import CheckpointError, ConfigError
 

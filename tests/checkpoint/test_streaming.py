@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from neox.checkpoint.tensor_file import TensorFileWriter
-from neox.checkpoint.torch_archive import TorchFileWriter
+from neox.checkpoint.storage.tensor_file import TensorFileWriter
+from neox.checkpoint.storage.torch_archive import TorchFileWriter
 
 ROOT = Path(__file__).resolve().parents[2]
 LARGEST = 4 * 1024 * 1024 * 2

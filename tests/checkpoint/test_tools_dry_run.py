@@ -11,10 +11,10 @@ from golden_models import GOLDENS, read_run
 from scripts_of import ROOT, run_script
 from weight_sources import RandomWeights
 
-from neox.checkpoint.convert import write_native
+from neox.checkpoint.conversion.convert import write_native
 from neox.checkpoint.huggingface import export_huggingface
-from neox.checkpoint.manifest import Layout, Manifest, Progress
-from neox.checkpoint.native import StoredTensor, Team, write_checkpoint
+from neox.checkpoint.native.manifest import Layout, Manifest, Progress
+from neox.checkpoint.native.store import StoredTensor, Team, write_checkpoint
 from neox.config import config_from_dict
 
 TOOLS = sorted(path.name for path in (ROOT / "tools" / "ckpts").glob("*.py"))

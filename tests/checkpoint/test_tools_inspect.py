@@ -9,10 +9,10 @@ from golden_models import GOLDENS, read_run
 from scripts_of import run_script
 from weight_sources import RandomWeights
 
-from neox.checkpoint import inspection
-from neox.checkpoint.convert import write_native
+from neox.checkpoint.conversion.convert import write_native
 from neox.checkpoint.huggingface import export_huggingface
-from neox.checkpoint.inspection import differences, facts_of
+from neox.checkpoint.inspection.contents import contents as inspection
+from neox.checkpoint.inspection.contents import differences, facts_of
 from neox.checkpoint.open import open_checkpoint
 
 TOOL = "tools/ckpts/inspect_checkpoint.py"

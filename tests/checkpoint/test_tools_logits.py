@@ -11,12 +11,12 @@ from model_families import KEYS
 from scripts_of import run_script
 from weight_sources import RandomWeights
 
-import neox.checkpoint.logits as module
+import neox.checkpoint.inspection.logits as module
 from neox.checkpoint.architecture import model_config_of
-from neox.checkpoint.convert import write_native
+from neox.checkpoint.conversion.convert import write_native
 from neox.checkpoint.described import open_described
 from neox.checkpoint.huggingface import export_huggingface
-from neox.checkpoint.logits import streamed_logits
+from neox.checkpoint.inspection.logits import streamed_logits
 from neox.checkpoint.open import open_checkpoint
 from neox.config import config_from_dict
 from neox.errors import CheckpointError, DataError
@@ -54,6 +54,13 @@ def test_layers_one_by_one_give_what_the_whole_model_gives(family):
     assert torch.equal(logits_of(weights, model, IDS), whole_model(weights, model, IDS))
     apart = [whole_model(weights, model, IDS[row : row + 1]) for row in range(3)]
     assert torch.equal(logits_of(weights, model, IDS, batch_size=1), torch.cat(apart))
+
+
+def test_gradients_are_on_between_two_batches():
+    model = config_of(next(iter(KEYS))).model
+    first = next(streamed_logits(RandomWeights(model), model, IDS, batch_size=1))
+    assert torch.is_grad_enabled()
+    assert not first.requires_grad
 
 
 @pytest.mark.parametrize("path", sorted((GOLDENS / "logits").glob("*.npz")), ids=lambda path: path.stem)

@@ -10,10 +10,10 @@ from golden_models import GOLDENS, read_run
 from scripts_of import run_script
 from weight_sources import RandomWeights
 
-from neox.checkpoint.convert import write_native
+from neox.checkpoint.conversion.convert import write_native
 from neox.checkpoint.huggingface import INDEX, export_huggingface
+from neox.checkpoint.inspection.verify import compare_logits, damages_of
 from neox.checkpoint.open import open_checkpoint
-from neox.checkpoint.verify import compare_logits, damages_of
 
 TOOL = "tools/ckpts/verify_checkpoint.py"
 

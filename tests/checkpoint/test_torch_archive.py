@@ -5,7 +5,7 @@ import zipfile
 import pytest
 import torch
 
-from neox.checkpoint.torch_archive import TorchFileWriter
+from neox.checkpoint.storage.torch_archive import TorchFileWriter
 
 
 def test_torch_files_are_written_a_tensor_at_a_time(tmp_path):

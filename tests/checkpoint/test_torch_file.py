@@ -8,8 +8,8 @@ import pytest
 import torch
 from golden_models import GOLDENS
 
-from neox.checkpoint.torch_file import LazyTensor, TorchFile, load_torch_file
-from neox.checkpoint.unpickle import Placeholder
+from neox.checkpoint.storage.torch_file import LazyTensor, TorchFile, load_torch_file
+from neox.checkpoint.storage.unpickle import Placeholder
 from neox.errors import CheckpointError
 
 LAYER = GOLDENS / "pipe" / "global_step4" / "layer_02-model_00-model_states.pt"

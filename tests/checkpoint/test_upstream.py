@@ -7,9 +7,9 @@ import torch
 from checkpoint.upstream_folders import loss_of, one_golden, tp2_golden, write_pipeline, write_sequential
 from golden_models import GOLDENS, canonical, read_run
 
-from neox.checkpoint import torch_file
 from neox.checkpoint.open import open_checkpoint
-from neox.checkpoint.upstream import Hints, UpstreamReader
+from neox.checkpoint.storage import torch_file
+from neox.checkpoint.upstream.reader import Hints, UpstreamReader
 from neox.checkpoint.weights import weight_source
 from neox.config import load_config
 from neox.errors import CheckpointError

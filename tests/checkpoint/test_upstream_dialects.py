@@ -7,7 +7,7 @@ from checkpoint.upstream_folders import one_golden, tp2_golden, write_pipeline, 
 from golden_models import canonical
 
 from neox.checkpoint.open import open_checkpoint
-from neox.checkpoint.upstream import Hints, UpstreamReader
+from neox.checkpoint.upstream.reader import Hints, UpstreamReader
 from neox.checkpoint.weights import weight_source
 from neox.errors import CheckpointError
 from neox.model.build import build_decoder

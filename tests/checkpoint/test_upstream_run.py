@@ -10,10 +10,10 @@ from checkpoint.upstream_folders import loss_of
 from golden_models import GOLDENS, canonical, read_run
 from ranks import run_ranks
 
-from neox.checkpoint.manifest import Layout, Progress
-from neox.checkpoint.torch_file import load_torch_file
-from neox.checkpoint.upstream import Hints
-from neox.checkpoint.upstream_run import UpstreamRun
+from neox.checkpoint.native.manifest import Layout, Progress
+from neox.checkpoint.storage.torch_file import load_torch_file
+from neox.checkpoint.upstream.reader import Hints
+from neox.checkpoint.upstream.run import UpstreamRun
 from neox.checkpoint.weight_map import weight_map
 from neox.errors import CheckpointError
 from neox.model.build import build_decoder

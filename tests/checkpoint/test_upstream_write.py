@@ -11,12 +11,12 @@ from model_families import GQA, KEYS, LLAMA
 from ranks import run_ranks
 from weight_sources import RandomWeights
 
-from neox.checkpoint.convert import write_native
+from neox.checkpoint.conversion.convert import write_native
 from neox.checkpoint.described import open_described, progress_of
 from neox.checkpoint.open import open_checkpoint
-from neox.checkpoint.torch_file import load_torch_file
-from neox.checkpoint.upstream import Hints
-from neox.checkpoint.upstream_write import UpstreamLayout, UpstreamWriter
+from neox.checkpoint.storage.torch_file import load_torch_file
+from neox.checkpoint.upstream.reader import Hints
+from neox.checkpoint.upstream.write import UpstreamLayout, UpstreamWriter
 from neox.config import config_from_dict
 from neox.data.tokenizers import build_tokenizer
 from neox.errors import CheckpointError, UserError

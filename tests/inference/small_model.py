@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from neox.checkpoint.manifest import Layout, Manifest, Progress
-from neox.checkpoint.native import StoredTensor, Team, write_checkpoint
+from neox.checkpoint.native.manifest import Layout, Manifest, Progress
+from neox.checkpoint.native.store import StoredTensor, Team, write_checkpoint
 from neox.config import Config, config_from_dict
 from neox.model.build import SINGLE, build_decoder, fresh_weights
 from neox.model.layers import Decoder, canonical_parameters

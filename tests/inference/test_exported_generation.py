@@ -6,9 +6,9 @@ from inference.small_model import save_small, small_config
 from model_families import GQA
 from transformers import AutoModelForCausalLM
 
-from neox.checkpoint.convert import write_native
+from neox.checkpoint.conversion.convert import write_native
+from neox.checkpoint.conversion.export import Export, export
 from neox.checkpoint.described import open_described
-from neox.checkpoint.export import Export, export
 from neox.checkpoint.huggingface import HuggingFaceReader
 from neox.checkpoint.open import open_checkpoint
 from neox.checkpoint.weights import weight_source

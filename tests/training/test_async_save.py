@@ -11,7 +11,7 @@ import torch
 from ranks import kill_ranks_when, run_ranks
 from training.layouts import ADAMW, MODEL, TRAINING
 
-from neox.checkpoint.integrity import damages
+from neox.checkpoint.native.integrity import damages
 from neox.config import config_from_dict
 from neox.errors import CheckpointError, UserError
 
@@ -67,7 +67,7 @@ def test_the_same_losses_and_bytes(tmp_path: Path, corpus: str) -> None:
 
 def train_with_slow_disk(flat: dict[str, Any], seconds: float) -> str:
     """Train where each tensor of a checkpoint from iteration 4 on takes so long."""
-    from neox.checkpoint.tensor_file import TensorFileWriter
+    from neox.checkpoint.storage.tensor_file import TensorFileWriter
 
     write = TensorFileWriter.write
 
@@ -95,7 +95,7 @@ def test_killed_while_it_is_written(tmp_path: Path, corpus: str) -> None:
 
 def train_with_full_disk(flat: dict[str, Any], failing_rank: int) -> str:
     """Train where one rank cannot write the checkpoint of iteration 4."""
-    import neox.checkpoint.native as native
+    import neox.checkpoint.native.store as native
 
     writer = native.TensorFileWriter
 

@@ -14,7 +14,7 @@ from ranks import run_ranks
 from training.layouts import ADAMW, MODEL, TRAINING, write_corpus
 from training.test_resume import train
 
-from neox.checkpoint.native import NativeReader
+from neox.checkpoint.native.store import NativeReader
 from neox.config import config_from_dict
 from neox.training.contract import contract
 

@@ -13,7 +13,7 @@ from training.layouts import ADAMW, MODEL, TRAINING
 from weight_sources import RandomWeights
 
 from neox.checkpoint.huggingface import export_huggingface
-from neox.checkpoint.manifest import Manifest
+from neox.checkpoint.native.manifest import Manifest
 from neox.config import config_from_dict
 from neox.errors import CheckpointError
 from neox.training.preflight import prepare

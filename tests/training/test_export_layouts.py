@@ -8,7 +8,7 @@ import torch
 from ranks import run_ranks
 from training.layouts import ADAMW, MODEL, TRAINING
 
-from neox.checkpoint.convert import largest_logit_difference
+from neox.checkpoint.conversion.convert import largest_logit_difference
 from neox.checkpoint.huggingface import export_huggingface
 from neox.checkpoint.open import open_checkpoint
 from neox.config import config_from_dict

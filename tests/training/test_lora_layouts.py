@@ -13,10 +13,10 @@ import yaml
 from ranks import run_ranks
 from training.layouts import ADAMW, MODEL, SGD, TRAINING, Curve, curve_of
 
-from neox.checkpoint.convert import largest_logit_difference
+from neox.checkpoint.conversion.convert import largest_logit_difference
 from neox.checkpoint.huggingface import export_huggingface
 from neox.checkpoint.lora import MergedWeights, merged
-from neox.checkpoint.native import NativeReader
+from neox.checkpoint.native.store import NativeReader
 from neox.checkpoint.open import open_checkpoint
 from neox.checkpoint.weights import weight_source
 from neox.config import config_from_dict

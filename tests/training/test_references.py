@@ -9,7 +9,7 @@ from golden_models import GOLDENS
 from ranks import run_ranks
 from training.preferences import MODEL, pairs, rewarded, trained
 
-from neox.checkpoint.upstream_run import UpstreamRun
+from neox.checkpoint.upstream.run import UpstreamRun
 from neox.config import config_from_dict
 from neox.errors import CheckpointError, ConfigError, DataError
 from neox.inference.modes import run_generation

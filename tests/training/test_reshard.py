@@ -9,7 +9,7 @@ from ranks import run_ranks
 from training.layouts import ADAMW, MODEL, TRAINING
 from training.test_resume import figures, train
 
-from neox.checkpoint.native import NativeReader
+from neox.checkpoint.native.store import NativeReader
 
 SAVED, STEPS = 10, 20
 TOLERANCE = 1e-4

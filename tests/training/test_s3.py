@@ -16,9 +16,9 @@ from moto.server import ThreadedMotoServer
 from ranks import run_ranks
 from training.layouts import ADAMW, MODEL, TRAINING
 
-from neox.checkpoint.integrity import damages
-from neox.checkpoint.native import NativeReader, Team
-from neox.checkpoint.s3 import S3Folder, upload_checkpoint
+from neox.checkpoint.native.integrity import damages
+from neox.checkpoint.native.s3 import S3Folder, upload_checkpoint
+from neox.checkpoint.native.store import NativeReader, Team
 from neox.config import config_from_dict
 from neox.errors import ConfigError
 from neox.training.uploads import Uploads, check_store
@@ -75,7 +75,7 @@ def download(bucket: str, prefix: str, folder: Path) -> Path:
 
 def train_as_a_host(flat: dict[str, Any], variables: dict[str, str]) -> list[str]:
     """Train as one of two hosts of one process each; return the files that this host uploaded."""
-    from neox.checkpoint.s3 import S3Folder
+    from neox.checkpoint.native.s3 import S3Folder
     from neox.training.run import train
 
     torch.set_num_threads(1)

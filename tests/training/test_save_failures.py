@@ -16,7 +16,7 @@ from neox.errors import CheckpointError
 
 def train_with_a_full_disk(flat: dict[str, Any], world_size: int, failing_rank: int, failing_step: str) -> str:
     """Train with a disk that is full for one rank from iteration 3 on; return the error this rank saw."""
-    import neox.checkpoint.native as native
+    import neox.checkpoint.native.store as native
     from neox.training.run import train
 
     torch.set_num_threads(1)

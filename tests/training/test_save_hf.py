@@ -12,8 +12,8 @@ from training.layouts import ADAMW, MODEL, TRAINING
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from neox.checkpoint import convert, export
-from neox.checkpoint.convert import write_native
-from neox.checkpoint.export import Export
+from neox.checkpoint.conversion.convert import write_native
+from neox.checkpoint.conversion.export import Export
 from neox.checkpoint.open import open_checkpoint
 from neox.config import config_from_dict
 from neox.errors import CheckpointError

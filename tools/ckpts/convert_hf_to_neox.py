@@ -9,8 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from neox.checkpoint.conversion.imports import import_model
 from neox.checkpoint.huggingface import HuggingFaceReader
-from neox.checkpoint.imports import import_model
 from neox.launch.main import script_main
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from neox.checkpoint.conversion.export import Export, export
 from neox.checkpoint.described import open_described
-from neox.checkpoint.export import Export, export
 from neox.checkpoint.huggingface import FAMILIES
 from neox.launch.main import script_main
 

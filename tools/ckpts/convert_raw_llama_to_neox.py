@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from neox.checkpoint.imports import import_model
+from neox.checkpoint.conversion.imports import import_model
 from neox.checkpoint.meta_llama import PARAMS, MetaLlamaReader
 from neox.launch.main import script_main
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from neox.checkpoint.inspection import description, differences, facts, selected
-from neox.checkpoint.inspection_text import as_json, comparison, described, tree
+from neox.checkpoint.inspection.contents import description, differences, facts, selected
+from neox.checkpoint.inspection.text import as_json, comparison, described, tree
 from neox.checkpoint.open import open_checkpoint
 from neox.launch.main import script_main
 

@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from neox.checkpoint.described import open_described
-from neox.checkpoint.logits import BATCH_SIZE, check_tokens, read_tokens, streamed_logits, write_logits
+from neox.checkpoint.inspection.logits import BATCH_SIZE, check_tokens, read_tokens, streamed_logits, write_logits
 from neox.launch.main import script_main
 
 

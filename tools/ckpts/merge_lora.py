@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from neox.checkpoint.convert import native_files, write_native
+from neox.checkpoint.conversion.convert import native_files, write_native
 from neox.checkpoint.lora import MergedWeights, merged
 from neox.checkpoint.open import open_checkpoint
 from neox.config import config_from_dict, load_config

@@ -11,8 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from neox.checkpoint.conversion.reshard import FORMATS, Target, reshard
 from neox.checkpoint.described import open_described, progress_of
-from neox.checkpoint.reshard import FORMATS, Target, reshard
 from neox.launch.main import script_main
 
 

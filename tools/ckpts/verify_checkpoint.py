@@ -12,9 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from neox.checkpoint.logits import BATCH_SIZE, read_tokens
+from neox.checkpoint.inspection.logits import BATCH_SIZE, read_tokens
+from neox.checkpoint.inspection.verify import compare_logits, damages_of
 from neox.checkpoint.open import locate_checkpoint
-from neox.checkpoint.verify import compare_logits, damages_of
 from neox.launch.main import script_main
 
 TOLERANCE = 1e-4

@@ -6,8 +6,8 @@ from typing import Any, Protocol
 
 import torch
 
-from neox.checkpoint.tensor_file import TensorFile
-from neox.checkpoint.torch_file import LazyTensor, TorchFile
+from neox.checkpoint.storage.tensor_file import TensorFile
+from neox.checkpoint.storage.torch_file import LazyTensor, TorchFile
 from neox.errors import CheckpointError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -7,18 +7,18 @@ from typing import Any
 
 import torch
 
-from neox.checkpoint.ahead import read_ahead
 from neox.checkpoint.huggingface.detect import family_of
 from neox.checkpoint.huggingface.family import Family
 from neox.checkpoint.huggingface.files import INDEX, SINGLE
-from neox.checkpoint.memory import return_freed
-from neox.checkpoint.native import DTYPE_NAMES
-from neox.checkpoint.progress import progress_bar
-from neox.checkpoint.tensor_file import TensorFileWriter
+from neox.checkpoint.native.store import DTYPE_NAMES
+from neox.checkpoint.storage.ahead import read_ahead
+from neox.checkpoint.storage.memory import return_freed
+from neox.checkpoint.storage.progress import progress_bar
+from neox.checkpoint.storage.tensor_file import TensorFileWriter
+from neox.checkpoint.storage.whole_folder import check_free, whole_folder
 from neox.checkpoint.tokenizer_files import ExportedTokenizer
 from neox.checkpoint.weight_map import weight_map
 from neox.checkpoint.weights import WeightReader, weight_source
-from neox.checkpoint.whole_folder import check_free, whole_folder
 from neox.config import ModelConfig
 
 SHARD_BYTES = 5 * 10**9

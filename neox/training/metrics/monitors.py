@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from neox.checkpoint.manifest import Progress
+from neox.checkpoint.native.manifest import Progress
 from neox.config import Config
 from neox.training.engine import Engine
 from neox.training.loop import Callback, Step

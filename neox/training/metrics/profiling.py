@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from neox.checkpoint.manifest import Progress
+from neox.checkpoint.native.manifest import Progress
 from neox.errors import ConfigError
 from neox.training.engine import Engine
 from neox.training.loop import Callback, Step

@@ -7,8 +7,8 @@ import torch
 
 from neox.checkpoint.lora import merged
 from neox.checkpoint.open import open_checkpoint
-from neox.checkpoint.upstream import Hints
-from neox.checkpoint.upstream_run import UpstreamRun
+from neox.checkpoint.upstream.reader import Hints
+from neox.checkpoint.upstream.run import UpstreamRun
 from neox.checkpoint.weights import weight_source
 from neox.config import Config
 from neox.errors import CheckpointError

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from neox.checkpoint.convert import native_files, write_native
+from neox.checkpoint.conversion.convert import native_files, write_native
 from neox.checkpoint.lora import MergedWeights
-from neox.checkpoint.manifest import Progress
-from neox.checkpoint.native import NativeReader
-from neox.checkpoint.upstream_write import UpstreamLayout, UpstreamWriter
+from neox.checkpoint.native.manifest import Progress
+from neox.checkpoint.native.store import NativeReader
+from neox.checkpoint.upstream.write import UpstreamLayout, UpstreamWriter
 from neox.checkpoint.weights import WeightReader
 from neox.config import Config, config_from_dict
 from neox.errors import CheckpointError, ConfigError

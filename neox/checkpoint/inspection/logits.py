@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from neox.checkpoint.progress import progress_bar
+from neox.checkpoint.storage.progress import progress_bar
 from neox.checkpoint.weights import WeightReader, weight_source
 from neox.config import ModelConfig
 from neox.errors import CheckpointError, DataError
@@ -56,7 +56,8 @@ def streamed_logits(
     final = build(head).eval()
     while streams:
         with torch.no_grad():
-            yield final(streams.pop(0))
+            logits = final(streams.pop(0))
+        yield logits  # outside: a generator that is not read to its end would leave gradients off for good
 
 
 @torch.no_grad()

@@ -1,11 +1,11 @@
-"""The findings of `neox.checkpoint.inspection` as lines to read, and as JSON."""
+"""The findings of `neox.checkpoint.inspection.contents` as lines to read, and as JSON."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from neox.checkpoint.inspection import Difference, TensorFacts
+from neox.checkpoint.inspection.contents import Difference, TensorFacts
 
 
 def described(about: Mapping[str, Any]) -> list[str]:

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from neox.checkpoint.torch_file import TorchFile
-from neox.checkpoint.upstream_parts import Part, as_part, is_tensor
-from neox.checkpoint.upstream_zero import zero3_weights
+from neox.checkpoint.storage.torch_file import TorchFile
+from neox.checkpoint.upstream.parts import Part, as_part, is_tensor
+from neox.checkpoint.upstream.zero import zero3_weights
 from neox.errors import CheckpointError
 
 _LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")

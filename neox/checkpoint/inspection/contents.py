@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from neox.checkpoint.huggingface import HuggingFaceReader
-from neox.checkpoint.native import NativeReader
-from neox.checkpoint.progress import progress_bar
-from neox.checkpoint.upstream import UpstreamReader
+from neox.checkpoint.native.store import NativeReader
+from neox.checkpoint.storage.progress import progress_bar
+from neox.checkpoint.upstream.reader import UpstreamReader
 from neox.checkpoint.weights import WeightReader
 from neox.errors import ConfigError
 

@@ -1,7 +1,7 @@
 """Files of `torch.save`: what is in them at once, their tensors one at a time.
 
 `torch.load` either reads a file whole or maps it, and what a process has touched of a map counts as its memory. Here
-the objects are unpickled by a restricted unpickler (`neox.checkpoint.unpickle`), and in the place of each tensor stands
+the objects are unpickled by a restricted unpickler (`storage/unpickle.py`), and in the place of each tensor stands
 its description, which reads the bytes when asked.
 
 Format (pytorch/torch/serialization.py): a zip archive without compression. `<name>/data.pkl` holds the objects, where a
@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from neox.checkpoint.unpickle import ForbiddenNameError, RestrictedUnpickler
+from neox.checkpoint.storage.unpickle import ForbiddenNameError, RestrictedUnpickler
 from neox.errors import CheckpointError
 
 STORAGE_TYPES = {

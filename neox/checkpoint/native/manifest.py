@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from neox.checkpoint.tensor_file import checksum
+from neox.checkpoint.storage.tensor_file import checksum
 from neox.errors import CheckpointError
 
 FORMAT = "neox-native"

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from neox.checkpoint.convert import lacking_memory, largest_logit_difference
+from neox.checkpoint.conversion.convert import lacking_memory, largest_logit_difference
 from neox.checkpoint.described import progress_of
 from neox.checkpoint.huggingface import HuggingFaceWriter, family_of
 from neox.checkpoint.huggingface.card import model_card
 from neox.checkpoint.lora import merged
-from neox.checkpoint.native import NativeReader
+from neox.checkpoint.native.store import NativeReader
 from neox.checkpoint.tokenizer_files import ExportedTokenizer, export_tokenizer, token_ids
 from neox.checkpoint.weights import WeightReader
 from neox.config import Config

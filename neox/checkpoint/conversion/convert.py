@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from neox.checkpoint.ahead import read_ahead
 from neox.checkpoint.huggingface import SHARD_BYTES
-from neox.checkpoint.manifest import Layout, Manifest, Progress
-from neox.checkpoint.memory import available_bytes, return_freed
-from neox.checkpoint.native import AnnouncedTensor, StoredTensor, Team, divided, write_checkpoint
-from neox.checkpoint.progress import progress_bar
+from neox.checkpoint.native.manifest import Layout, Manifest, Progress
+from neox.checkpoint.native.store import AnnouncedTensor, StoredTensor, Team, divided, write_checkpoint
+from neox.checkpoint.storage.ahead import read_ahead
+from neox.checkpoint.storage.memory import available_bytes, return_freed
+from neox.checkpoint.storage.progress import progress_bar
 from neox.checkpoint.weight_map import weight_map
 from neox.checkpoint.weights import WeightReader, weight_source
 from neox.config import Config, ModelConfig

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import torch
 
-from neox.checkpoint.torch_file import LazyTensor
+from neox.checkpoint.storage.torch_file import LazyTensor
 
 
 class Part(Protocol):

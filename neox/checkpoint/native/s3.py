@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from neox.checkpoint.manifest import LATEST, MANIFEST, Manifest
-from neox.checkpoint.native import Team
+from neox.checkpoint.native.manifest import LATEST, MANIFEST, Manifest
+from neox.checkpoint.native.store import Team
 from neox.errors import ConfigError, UserError
 
 SCHEME = "s3://"

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
 
-from neox.checkpoint.upstream_parts import Part, Stacked
+from neox.checkpoint.upstream.parts import Part, Stacked
 from neox.errors import CheckpointError
 
 _LEGACY = {"mlp.dense_h_to_4h": "mlp.linear1", "mlp.dense_4h_to_h": "mlp.linear2", "mlp.w2": "mlp.linear2"}

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from neox.checkpoint.upstream_parts import Flat, Fragments, Part, as_part, covers, is_tensor
+from neox.checkpoint.upstream.parts import Flat, Fragments, Part, as_part, covers, is_tensor
 from neox.errors import CheckpointError
 
 MASTER = "master"

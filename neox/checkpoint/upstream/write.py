@@ -14,15 +14,15 @@ from typing import Any
 import torch
 import yaml
 
-from neox.checkpoint.ahead import read_ahead
-from neox.checkpoint.commit import begin, commit, discard
-from neox.checkpoint.memory import return_freed
-from neox.checkpoint.progress import progress_bar
-from neox.checkpoint.torch_archive import TorchFileWriter
-from neox.checkpoint.upstream_state import rank_state
+from neox.checkpoint.native.commit import begin, commit, discard
+from neox.checkpoint.storage.ahead import read_ahead
+from neox.checkpoint.storage.memory import return_freed
+from neox.checkpoint.storage.progress import progress_bar
+from neox.checkpoint.storage.torch_archive import TorchFileWriter
+from neox.checkpoint.storage.whole_folder import check_free
+from neox.checkpoint.upstream.state import rank_state
 from neox.checkpoint.weight_map import Kind, LogicalTensor, weight_map
 from neox.checkpoint.weights import WeightReader, weight_source
-from neox.checkpoint.whole_folder import check_free
 from neox.config import Config, ModelConfig, config_from_dict
 from neox.config.schema import places
 from neox.data.tokenizers import build_tokenizer, padded_vocab_size

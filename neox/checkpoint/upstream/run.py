@@ -1,6 +1,6 @@
 """A training run of upstream GPT-NeoX, to be gone on with: its weights, its optimizer's state, and how far it had come.
 
-Speaks as a native checkpoint does (`neox.checkpoint.native`): tensors of the optimizer are `<name>/<state>`, and a
+Speaks as a native checkpoint does (`native/store.py`): tensors of the optimizer are `<name>/<state>`, and a
 manifest says the rest.
 """
 
@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from neox.checkpoint.manifest import Layout, Manifest, Progress
-from neox.checkpoint.upstream import NO_HINTS, Hints, UpstreamReader
-from neox.checkpoint.upstream_files import standard_name
-from neox.checkpoint.upstream_names import is_buffer, translate
-from neox.checkpoint.upstream_parts import Part
-from neox.checkpoint.upstream_zero import (
+from neox.checkpoint.native.manifest import Layout, Manifest, Progress
+from neox.checkpoint.upstream.files import standard_name
+from neox.checkpoint.upstream.names import is_buffer, translate
+from neox.checkpoint.upstream.parts import Part
+from neox.checkpoint.upstream.reader import NO_HINTS, Hints, UpstreamReader
+from neox.checkpoint.upstream.zero import (
     MASTER,
     NO_STATE,
     RankStates,

@@ -6,7 +6,7 @@ At each moment `latest` names a folder that is whole, or one whose predecessor `
 import shutil
 from pathlib import Path
 
-from neox.checkpoint.manifest import LATEST, MANIFEST
+from neox.checkpoint.native.manifest import LATEST, MANIFEST
 from neox.files import flush, write_whole
 
 INCOMPLETE, REPLACED, DELETED = "incomplete", "replaced", "deleted"

@@ -11,9 +11,9 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from neox.checkpoint.upstream_files import UpstreamFiles
-from neox.checkpoint.upstream_names import Dialect, dialect_of, translate
-from neox.checkpoint.upstream_parts import Part
+from neox.checkpoint.upstream.files import UpstreamFiles
+from neox.checkpoint.upstream.names import Dialect, dialect_of, translate
+from neox.checkpoint.upstream.parts import Part
 from neox.checkpoint.weight_map import Kind, kind_of
 from neox.checkpoint.weights import missing_tensor
 from neox.config import ModelConfig

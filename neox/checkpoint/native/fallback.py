@@ -5,8 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from neox.checkpoint.integrity import quick_damages
-from neox.checkpoint.manifest import LATEST, checkpoint_folder, is_native
+from neox.checkpoint.native.integrity import quick_damages
+from neox.checkpoint.native.manifest import LATEST, checkpoint_folder, is_native
 from neox.checkpoint.open import is_checkpoint
 from neox.errors import CheckpointError
 

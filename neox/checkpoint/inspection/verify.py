@@ -12,16 +12,16 @@ import torch
 from neox.checkpoint.architecture import model_config_of, saved_keys
 from neox.checkpoint.described import open_described
 from neox.checkpoint.huggingface import INDEX, is_huggingface
-from neox.checkpoint.integrity import damages
-from neox.checkpoint.logits import BATCH_SIZE, random_tokens, streamed_logits
+from neox.checkpoint.inspection.logits import BATCH_SIZE, random_tokens, streamed_logits
 from neox.checkpoint.lora import MergedWeights, merged
-from neox.checkpoint.manifest import Manifest, is_native
-from neox.checkpoint.native import NativeReader
+from neox.checkpoint.native.integrity import damages
+from neox.checkpoint.native.manifest import Manifest, is_native
+from neox.checkpoint.native.store import NativeReader
 from neox.checkpoint.open import open_checkpoint
-from neox.checkpoint.progress import byte_bar, progress_bar
-from neox.checkpoint.tensor_file import TensorFile
-from neox.checkpoint.torch_file import load_torch_file
-from neox.checkpoint.upstream import UpstreamReader
+from neox.checkpoint.storage.progress import byte_bar, progress_bar
+from neox.checkpoint.storage.tensor_file import TensorFile
+from neox.checkpoint.storage.torch_file import load_torch_file
+from neox.checkpoint.upstream.reader import UpstreamReader
 from neox.checkpoint.weights import check_shape, missing_tensor
 from neox.errors import CheckpointError, UserError
 from neox.model.build import meta_decoder

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from neox.checkpoint.convert import native_files, write_native
+from neox.checkpoint.conversion.convert import native_files, write_native
 from neox.checkpoint.described import described_keys
 from neox.checkpoint.huggingface import HuggingFaceReader
 from neox.checkpoint.meta_llama import MetaLlamaReader

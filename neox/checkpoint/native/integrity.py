@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from neox.checkpoint.manifest import Manifest, check_size
-from neox.checkpoint.native import Team, checked_tensor, open_tensor_file
-from neox.checkpoint.tensor_file import checksum
+from neox.checkpoint.native.manifest import Manifest, check_size
+from neox.checkpoint.native.store import Team, checked_tensor, open_tensor_file
+from neox.checkpoint.storage.tensor_file import checksum
 from neox.errors import CheckpointError
 
 Report = Callable[[str, int], None]

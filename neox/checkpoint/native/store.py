@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from neox.checkpoint.commit import begin, commit, discard
-from neox.checkpoint.manifest import MANIFEST, Manifest
-from neox.checkpoint.tensor_file import CODES, TensorFile, TensorFileWriter, checksum, raw_bytes
+from neox.checkpoint.native.commit import begin, commit, discard
+from neox.checkpoint.native.manifest import MANIFEST, Manifest
+from neox.checkpoint.storage.tensor_file import CODES, TensorFile, TensorFileWriter, checksum, raw_bytes
 from neox.checkpoint.weights import missing_tensor
 from neox.errors import CheckpointError, UserError
 from neox.files import write_whole

@@ -1,0 +1,1 @@
+"""Looking at checkpoints: what is in them, whether they are whole, what they compute."""

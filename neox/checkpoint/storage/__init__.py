@@ -1,0 +1,1 @@
+"""Files of tensors, whoever wrote them: read and written one tensor at a time."""
