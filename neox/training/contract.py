@@ -12,8 +12,11 @@ from neox.errors import ConfigError
 from neox.training.provenance import data_prefixes, provenance
 
 _UNTOLD_SECTIONS = ("logging", "generation", "evaluation", "launch")
-_UNTOLD = ("load", "save", "iteration", "pipe_parallel_size", "model_parallel_size", "zero_optimization.stage")
-"""Keys without influence on what is computed, and those that the line on the layout tells."""
+_UNTOLD = (
+    *("load", "save", "iteration", "padded_vocab_size"),
+    *("pipe_parallel_size", "model_parallel_size", "zero_optimization.stage"),
+)
+"""Keys without influence on what is computed, those that the line on the layout tells, and one that must be equal."""
 _ORDER = (
     *("seed", "seq_length", "split", "pack_impl", "allow_chopped", "weight_by_num_documents"),
     *("weighted_sampler_alpha", "train_data_weights"),

@@ -62,7 +62,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "failing", ["native.TensorFileWriter", "native.write_whole", "commit.flush", "commit.write_whole"]
+    "failing", ["store.TensorFileWriter", "store.write_whole", "commit.flush", "commit.write_whole"]
 )
 def test_a_failed_save_leaves_the_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
@@ -72,7 +72,7 @@ def test_a_failed_save_leaves_the_last_checkpoint(
     def fail(*args: object, **kwargs: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(f"neox.checkpoint.{failing}", fail)
+    monkeypatch.setattr(f"neox.checkpoint.native.{failing}", fail)
     with pytest.raises(CheckpointError, match="disk full"):
         save(tmp_path, 2)
     monkeypatch.undo()

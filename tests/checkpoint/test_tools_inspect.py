@@ -11,7 +11,7 @@ from weight_sources import RandomWeights
 
 from neox.checkpoint.conversion.convert import write_native
 from neox.checkpoint.huggingface import export_huggingface
-from neox.checkpoint.inspection.contents import contents as inspection
+from neox.checkpoint.inspection import contents
 from neox.checkpoint.inspection.contents import differences, facts_of
 from neox.checkpoint.open import open_checkpoint
 
@@ -33,7 +33,7 @@ def folders(tmp_path_factory):
 
 @pytest.mark.parametrize("pieces", [7, 2**22])
 def test_facts_of_a_tensor(pieces, monkeypatch):
-    monkeypatch.setattr(inspection, "PIECE", pieces)
+    monkeypatch.setattr(contents, "PIECE", pieces)
     tensor = torch.tensor([[3.0, -4.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 12.0]]).to(torch.bfloat16)
     found = facts_of("layers.0.x", tensor)
     assert (found.shape, found.dtype, found.bytes) == ((3, 3), "bfloat16", 18)

@@ -10,7 +10,7 @@ from ranks import run_ranks
 from training.layouts import ADAMW, MODEL, TRAINING
 from training.test_monitors import metrics_of
 
-from neox.checkpoint.native.store import store as native
+from neox.checkpoint.native import store as native
 from neox.config import config_from_dict
 from neox.errors import CheckpointError
 from neox.training.forward_check import TOLERANCES

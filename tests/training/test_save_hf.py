@@ -11,7 +11,7 @@ from ranks import run_ranks
 from training.layouts import ADAMW, MODEL, TRAINING
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from neox.checkpoint import convert, export
+from neox.checkpoint.conversion import convert, export
 from neox.checkpoint.conversion.convert import write_native
 from neox.checkpoint.conversion.export import Export
 from neox.checkpoint.open import open_checkpoint
