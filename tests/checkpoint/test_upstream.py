@@ -93,6 +93,17 @@ def test_row_biases_follow_the_residual(tmp_path):
     assert torch.equal(averaged, (first + second) / 2)
 
 
+def test_biases_in_half_precision_are_summed_without_rounding(tmp_path):
+    _, _, by_rank = tp2_golden("pythia_like")
+    halves = [{name: tensor.half() for name, tensor in weights.items()} for weights in by_rank]
+    write_pipeline(tmp_path / "global_step1", halves)
+    name = "sequential.2.attention.dense.bias"
+    exact = halves[0][name].float() + halves[1][name].float()
+    assert not torch.equal(exact, exact.half().float())
+    summed = open_checkpoint(tmp_path / "global_step1", hints=Hints(gpt_j_residual=True))
+    assert torch.equal(summed.tensor("layers.2.attention.dense.bias"), exact)
+
+
 def test_drift_between_ranks_is_averaged_and_reported(tmp_path, caplog):
     config, _, by_rank = tp2_golden("pythia_like")
     name = "sequential.2.input_layernorm.weight"

@@ -1,5 +1,7 @@
 """Names and orders of rows that GPT-NeoX has used over the years."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -208,3 +210,12 @@ def test_ranks_of_different_models_are_refused(tmp_path):
     write_sequential(tmp_path / "global_step1", by_rank, config)
     with pytest.raises(CheckpointError, match=r"tensor rank 1 has layers\.3\.mlp\.linear1\.bias of shape None"):
         open_checkpoint(tmp_path / "global_step1")
+
+
+def test_the_configuration_given_tells_the_number_of_heads(tmp_path):
+    config, _, by_rank = tp2_golden("llama_gqa")
+    write_sequential(tmp_path / "told", by_rank, args={"num_attention_heads": 4})
+    write_sequential(tmp_path / "given", by_rank)
+    hints = replace(Hints.of(config.model), gqa_layout="interleaved")
+    given = UpstreamReader(tmp_path / "given", hints=hints).tensor(canonical(QKV))
+    assert torch.equal(given, UpstreamReader(tmp_path / "told", hints=INTERLEAVED).tensor(canonical(QKV)))

@@ -104,7 +104,7 @@ def train_loaded(flat: dict[str, Any], world_size: int) -> list[str]:
     torch.set_num_threads(1)
     config = prepare(resolve(flat, world_size))
     train(config)
-    return remarks(config)
+    return list(remarks(config))
 
 
 def losses(folder: Path) -> list[float]:
@@ -197,6 +197,26 @@ def test_a_tokenizer_larger_than_the_rows_is_refused(tmp_path: Path, huggingface
     config = resolve(RUN | names | {"data_path": few_tokens, "load": str(huggingface)})
     with pytest.raises(CheckpointError, match="132 rows of vocabulary and the tokenizer 142 tokens"):
         prepare(config)
+
+
+def test_a_tokenizer_without_a_file_is_counted_too(slim: Path, few_tokens: str) -> None:
+    from neox.training.preflight import prepare
+
+    names = {"tokenizer_type": "CharLevelTokenizer"}
+    config = resolve(RUN | names | {"data_path": few_tokens, "load": str(slim), "seq_length": 16})
+    with pytest.raises(CheckpointError, match="rows of vocabulary and the tokenizer 512 tokens"):
+        prepare(config)
+
+
+def test_a_folder_of_other_things_is_no_place_to_start_from(tmp_path: Path, few_tokens: str) -> None:
+    from neox.training.preflight import prepare
+
+    (tmp_path / "readme.txt").write_text("notes")
+    flat = MODEL | RUN | {"data_path": few_tokens, "load": str(tmp_path)}
+    with pytest.raises(CheckpointError, match=r"no checkpoint; found readme\.txt, expected manifest\.json"):
+        prepare(resolve(flat))
+    # Its own folder may hold logs before the first checkpoint is in it.
+    prepare(resolve(flat | {"save": str(tmp_path), "checkpoint_factor": 1}))
 
 
 def test_a_native_checkpoint_describes_its_model_too(tmp_path: Path, few_tokens: str) -> None:
