@@ -10,6 +10,7 @@ srun --nodes 2 --ntasks-per-node 8 --gpus-per-node 8 python train.py CONFIG...  
 
 import os
 import sys
+from itertools import chain
 
 from neox.launch.arguments import parse_arguments
 from neox.launch.environment import describe, detect
@@ -41,7 +42,8 @@ def main(argv: list[str]) -> int:
         config = config.with_world_size(start.world_size)
         check_training(config)
     config = prepare(config)
-    print_notices([start.description if start else describe(placement), *remarks(config)], placement)
+    first = start.description if start else describe(placement)
+    print_notices(chain([first], remarks(config)), placement)
     if start is not None and not start.is_alone:
         return start.run([sys.argv[0], *argv])
     enter(placement or single_placement())

@@ -1,7 +1,9 @@
-"""Which code and packages this process runs: two hosts of one run must agree on them."""
+"""Which code and packages this process runs: hosts of one run must agree on them, and checkpoints record them."""
 
 import hashlib
 import platform
+import shutil
+import subprocess
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,11 +17,34 @@ def software() -> dict[str, str]:
     """Versions by name: python, the packages that are installed, and the content of our own source files."""
     found = {"python": platform.python_version(), "neox source": source_digest(Path(__file__).parent)}
     for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "missing"
+        found[name] = package_version(name) or "missing"
     return found
+
+
+def package_version(name: str) -> str | None:
+    """Version of an installed package; None where it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+@cache
+def commit() -> str | None:
+    """Commit of the code, with `+` where files that git knows were changed; None outside a repository."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return None
+    try:
+        name = _git(root, "rev-parse", "--short=12", "HEAD")
+        return name + ("+" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(root: Path, *words: str) -> str:
+    command = ["git", "-C", str(root), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
 
 
 def source_digest(folder: Path) -> str:

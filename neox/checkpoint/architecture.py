@@ -1,12 +1,12 @@
 """What model a checkpoint holds, as it says itself: the flat keys of the architecture, from every format."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from neox.checkpoint.lora import MergedWeights
 from neox.checkpoint.native.store import NativeReader
 from neox.checkpoint.weights import WeightReader
-from neox.config import ModelConfig, config_from_dict
+from neox.config import Config, ModelConfig, config_from_dict
 from neox.config.model import OTHER_KEYS
 from neox.config.schema import places
 from neox.config.yaml_files import normalise_key
@@ -31,14 +31,26 @@ def model_config_of(reader: WeightReader) -> ModelConfig:
     Raises:
         CheckpointError: it says nothing, or what no model can be built from.
     """
-    keys = saved_keys(reader)
+    return resolved(reader, saved_keys(reader)).model
+
+
+def resolved(reader: WeightReader, keys: Mapping[str, Any]) -> Config:
+    """Resolve what a checkpoint says of itself, with the sizes that its tensors tell.
+
+    Args:
+        reader: the checkpoint.
+        keys: flat keys that it holds.
+
+    Raises:
+        CheckpointError: there are none, or what no model can be built from.
+    """
     if not keys:
         raise CheckpointError(
             f"{reader.folder}: holds no configuration of its model; give the one of the training run (--config_file)"
         )
-    sizes = {"padded_vocab_size": reader.padded_vocab_size, "train_micro_batch_size_per_gpu": 1}
+    counted = {"num_layers": blocks_of(reader), "train_micro_batch_size_per_gpu": 1}
     try:
-        return config_from_dict({"num_layers": blocks_of(reader)} | keys | sizes, world_size=None).model
+        return config_from_dict({**counted, **keys, "padded_vocab_size": reader.padded_vocab_size}, world_size=None)
     except ConfigError as error:
         problems = "; ".join(str(error).splitlines())
         raise CheckpointError(f"{reader.folder}: no model can be built from its configuration: {problems}") from None

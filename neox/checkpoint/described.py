@@ -4,15 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from neox.checkpoint.architecture import Described, blocks_of, of_sections, saved_config
+from neox.checkpoint.architecture import Described, of_sections, resolved, saved_config
 from neox.checkpoint.lora import MergedWeights, merged
 from neox.checkpoint.native.manifest import Progress
 from neox.checkpoint.native.store import NativeReader
 from neox.checkpoint.open import open_checkpoint
 from neox.checkpoint.upstream.reader import NO_HINTS, Hints, UpstreamReader
 from neox.checkpoint.weights import WeightReader
-from neox.config import Config, config_from_dict, load_config
-from neox.errors import CheckpointError, ConfigError
+from neox.config import Config, load_config
 
 SECTIONS = ("model", "tokenizer", "data")
 """What is taken from files that GPT-NeoX saved beside its weights: the rest of them is about a run that is over."""
@@ -36,18 +35,7 @@ def open_described(folder: Path, config_files: Sequence[str | Path] = ()) -> tup
     weights = merged(open_checkpoint(folder, hints=Hints.of(given.model) if given else NO_HINTS))
     if given is not None:
         return weights, given.with_vocabulary(weights.padded_vocab_size)
-    keys = _described(weights)
-    if not keys:
-        raise CheckpointError(
-            f"{weights.folder}: holds no configuration of its model; give the one of the training run (--config_file)"
-        )
-    counted = {"num_layers": blocks_of(weights), "train_micro_batch_size_per_gpu": 1}
-    sizes = {"padded_vocab_size": weights.padded_vocab_size}
-    try:
-        return weights, config_from_dict(counted | keys | sizes, world_size=None)
-    except ConfigError as error:
-        problems = "; ".join(str(error).splitlines())
-        raise CheckpointError(f"{weights.folder}: no model can be built from its configuration: {problems}") from None
+    return weights, resolved(weights, _described(weights))
 
 
 def _described(reader: WeightReader) -> dict[str, Any]:

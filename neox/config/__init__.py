@@ -2,6 +2,7 @@
 
 from neox.config.config import Config, config_from_dict, load_config
 from neox.config.data import DataConfig, TokenizerConfig
+from neox.config.datasets import named_datasets, named_documents
 from neox.config.deepspeed import DeepSpeedConfig
 from neox.config.engine import deepspeed_dict
 from neox.config.generation import EvaluationConfig, GenerationConfig
@@ -42,6 +43,8 @@ __all__ = [
     "config_from_dict",
     "deepspeed_dict",
     "load_config",
+    "named_datasets",
+    "named_documents",
     "resolve_config_paths",
     "split_overrides",
 ]

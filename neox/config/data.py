@@ -4,6 +4,8 @@ from typing import Literal
 
 from neox.config.keys import Float, Floats, Int, Section, Strings, internal, setting
 
+SPLITS = ("train", "valid", "test")
+
 
 class DataConfig(Section):
     """Which indexed files are read, and how documents become samples."""

@@ -4,8 +4,6 @@ from typing import Annotated, Literal
 
 from neox.config.keys import Float, Int, Ints, Key, Lower, Section, Strings, setting
 
-SPLITS = ("train", "valid", "test")
-
 
 class PreferenceConfig(Section):
     """What is minimised: the next token's loss, or an objective of preferences or rewards."""

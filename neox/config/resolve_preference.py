@@ -2,12 +2,12 @@
 
 from typing import NamedTuple
 
-from neox.config.data import DataConfig
+from neox.config.data import SPLITS, DataConfig
 from neox.config.generation import GenerationConfig
 from neox.config.lora import LoraConfig
 from neox.config.optimization import BatchConfig
 from neox.config.parallel import ParallelConfig
-from neox.config.preference import SPLITS, ComparisonConfig, PreferenceConfig
+from neox.config.preference import ComparisonConfig, PreferenceConfig
 from neox.config.problems import Problems
 from neox.config.training import TrainingConfig
 

@@ -6,15 +6,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from neox.config import Config
+from neox.config import Config, named_documents
 from neox.data import IndexedDataset, IndexedDatasetWriter
 from neox.errors import ConfigError
 from neox.inference.loading import load_weights
 from neox.model.layers import Decoder
 from neox.model.loss import Labels
 from neox.parallel.mesh import Mesh
-
-SPLITS = ("train", "valid", "test")
 
 
 def precompute(config: Config, mesh: Mesh) -> None:
@@ -25,7 +23,7 @@ def precompute(config: Config, mesh: Mesh) -> None:
     Raises:
         UserError: no name or no data are given, or the checkpoint or a file cannot be read.
     """
-    name, paths = config.generation.precompute_model_name, documents_of(config)
+    name, paths = config.generation.precompute_model_name, named_documents(config)
     if not name:
         raise ConfigError("text_gen_type: precompute needs a name for what it writes; set precompute_model_name")
     if not paths:
@@ -43,16 +41,6 @@ def precompute(config: Config, mesh: Mesh) -> None:
         else:
             for _ in scores:
                 continue
-
-
-def documents_of(config: Config) -> list[str]:
-    """Prefixes of all documents that a configuration names, each once."""
-    data, comparison = config.data, config.comparison
-    found = [data.data_path] if data.data_path else []
-    for split in SPLITS:
-        found += getattr(data, f"{split}_data_paths") or ()
-        found += [*comparison.side("pos", split), *comparison.side("neg", split)]
-    return list(dict.fromkeys(found))
 
 
 def document_scores(model: Decoder, documents: list[np.ndarray]) -> list[np.ndarray]:

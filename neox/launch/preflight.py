@@ -37,8 +37,10 @@ def check_hosts(
     Raises:
         LaunchError: the hostfile is wrong, or there is no Slurm job.
     """
+    from neox.config import named_datasets
+
     pool = _pool(hostfile, config)
-    prefixes = data_prefixes(config) if config else []
+    prefixes = dict.fromkeys(named_datasets(config).values() if config else ())
     save = config.checkpoint.save if config else None
     questions = Questions(
         pool=pool,
@@ -67,14 +69,6 @@ def _pool(hostfile: Path | None, config: "Config | None") -> Pool:
             "neox.launch check --slurm: no Slurm job around us; run it in sbatch or salloc, or give HOSTFILE"
         )
     return found
-
-
-def data_prefixes(config: "Config") -> list[str]:
-    """Every prefix of `.bin` and `.idx` that the run reads, once."""
-    data = config.data
-    names = [f"{split}{kind}_data_paths" for split in ("train", "valid", "test") for kind in ("", "_label")]
-    paths = [data.data_path, *(path for name in names for path in getattr(data, name) or ())]
-    return list(dict.fromkeys(path for path in paths if path))
 
 
 def checkpoint_bytes(config: "Config") -> int:

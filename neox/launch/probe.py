@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from neox.versions import software
+from neox.versions import commit, software
 
 ANSWER = "neox-answer "
 """Start of the line that holds the answer; login scripts may print others."""
@@ -45,7 +45,7 @@ def look(request: dict[str, Any]) -> dict[str, Any]:
     """
     return {
         "software": software(),
-        "commit": _commit(),
+        "commit": commit(),
         "gpus": _attempt(gpus),
         "save": _attempt(partial(_try_folder, request)) if request["save"] else None,
         "data": {prefix: _attempt(partial(data_files, prefix)) for prefix in request["data"]},
@@ -71,14 +71,6 @@ def _attempt(find: Callable[[], Any]) -> Any:
         return {"error": f"{error.filename or 'files'}: {(error.strerror or str(error)).lower()}"}
     except (ValueError, subprocess.SubprocessError) as error:
         return {"error": str(error)}
-
-
-def _commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def gpus() -> list[dict[str, str]]:

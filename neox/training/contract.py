@@ -6,10 +6,10 @@ from typing import Any
 
 from neox.checkpoint.native.manifest import Layout, Manifest
 from neox.checkpoint.runs import RunReader
-from neox.config import Config, config_from_dict
+from neox.config import Config, config_from_dict, named_datasets
 from neox.config.schema import places
 from neox.errors import ConfigError
-from neox.training.provenance import data_prefixes, provenance
+from neox.training.provenance import provenance
 
 _UNTOLD_SECTIONS = ("logging", "generation", "evaluation", "launch")
 _UNTOLD = (
@@ -86,7 +86,7 @@ def _changed_data(config: Config, saved: Manifest, now: dict[str, Any]) -> list[
     if not saved.environment:
         return []
     before, after = saved.environment["data"], now["data"]
-    prefixes = data_prefixes(config)
+    prefixes = named_datasets(config)
     return [
         f"{place}: {_content(before.get(place))} -> {_content(after.get(place))}"
         + (f" ({prefixes[place]})" if place in prefixes else "")

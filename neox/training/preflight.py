@@ -1,5 +1,6 @@
 """What can be found wrong before any worker starts."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from neox.checkpoint.meta_llama import MetaLlamaReader
 from neox.checkpoint.open import open_checkpoint
 from neox.checkpoint.weights import WeightReader, check_shape, check_vocabulary, missing_tensor
 from neox.config import Config
+from neox.config.data import SPLITS
 from neox.data import build_tokenizer, padded_vocab_size
-from neox.data.build import SPLITS
 from neox.data.completions import completion_sources
 from neox.data.indexed import IndexedDataset
 from neox.errors import ConfigError
@@ -53,21 +54,23 @@ def prepare(config: Config) -> Config:
     return config
 
 
-def remarks(config: Config) -> list[str]:
-    """Lines that whoever starts a run should read once, beyond the configuration's own notices."""
-    lines = list(config.notices)
+def remarks(config: Config) -> Iterator[str]:
+    """Lines that whoever starts a run should read once, with the configuration's own notices.
+
+    Made when they are asked for: ranks that print nothing need not open the checkpoint for them.
+    """
+    yield from config.notices
     origin = origin_of(config)
     if origin is not None:
-        lines += contract(config, origin.run) if origin.run else [origin.remark] if origin.remark else []
+        yield from contract(config, origin.run) if origin.run else filter(None, [origin.remark])
     elif config.checkpoint.load is not None:
-        lines.append(f"load {config.checkpoint.load}: no checkpoint there yet, starting from fresh weights")
+        yield f"load {config.checkpoint.load}: no checkpoint there yet, starting from fresh weights"
     if config.launch.hostfile is not None and not has_hostfile(config):
-        lines.append(f"hostfile {config.launch.hostfile}: no such file, starting on this machine alone")
+        yield f"hostfile {config.launch.hostfile}: no such file, starting on this machine alone"
     if config.evaluation.eval_tasks:
-        lines.append("eval_tasks: not run while training; run evaluate.py with the same files")
+        yield "eval_tasks: not run while training; run evaluate.py with the same files"
     if config.logging.memory_profiling and _is_without_gpu(config):
-        lines.append("memory_profiling: there is no CUDA device here, nothing is recorded")
-    return lines
+        yield "memory_profiling: there is no CUDA device here, nothing is recorded"
 
 
 def _check_device(config: Config) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from checkpoint.exports import CountedWeights
 from golden_models import GOLDENS, canonical, read_golden
 from model_families import GQA, KEYS, LLAMA
 from ranks import run_ranks
@@ -290,18 +291,6 @@ def test_files_hold_what_was_announced(tmp_path):
             found[file] += tensor.nbytes
         assert found == announced
         assert weights.reads == dict.fromkeys(weights.names(), 1)
-
-
-class CountedWeights(RandomWeights):
-    """Counts how often each tensor is read."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.reads = dict.fromkeys(self.names(), 0)
-
-    def tensor(self, name):
-        self.reads[name] += 1
-        return super().tensor(name)
 
 
 def load_with_deepspeed(root):

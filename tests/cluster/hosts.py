@@ -169,17 +169,8 @@ def start_ssh(made: Cluster) -> None:
         assert status == 0, out
 
 
-def start_slurm(made: Cluster) -> None:
-    """munged, slurmctld on n1 and a slurmd on each host, with everything they write in the temporary folder."""
-    folder = made.folder / "slurm"
-    for name in ("state", *NAMES):
-        (folder / name).mkdir(parents=True)
-    (folder / "munge.key").write_bytes(os.urandom(1024))
-    (folder / "munge.key").chmod(0o400)
-    places = {"key-file": "munge.key", "socket": "munge.sock", "pid-file": "munge.pid", "seed-file": "munge.seed"}
-    flags = [f"--{flag}={folder / name}" for flag, name in places.items()]
-    # --force: a key and a socket in a temporary folder are what munged warns of.
-    root("munged", "--force", *flags, f"--log-file={folder / 'munge.log'}", "--num-threads=2")
+def slurm_settings(folder: Path) -> str:
+    """Content of slurm.conf: n1 leads, both hosts work, everything that is written goes to `folder`."""
     nodes = "".join(
         f"NodeName={n} NodeAddr={a} NodeHostname={n} CPUs=4 RealMemory=4000 State=UNKNOWN\n"
         for n, a in ADDRESSES.items()
@@ -216,7 +207,21 @@ def start_slurm(made: Cluster) -> None:
     }
     text = "".join(f"{name}={value}\n" for name, value in settings.items())
     partition = "PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP\n"
-    (folder / "slurm.conf").write_text(text + nodes + partition)
+    return text + nodes + partition
+
+
+def start_slurm(made: Cluster) -> None:
+    """munged, slurmctld on n1 and a slurmd on each host, with everything they write in the temporary folder."""
+    folder = made.folder / "slurm"
+    for name in ("state", *NAMES):
+        (folder / name).mkdir(parents=True)
+    (folder / "munge.key").write_bytes(os.urandom(1024))
+    (folder / "munge.key").chmod(0o400)
+    places = {"key-file": "munge.key", "socket": "munge.sock", "pid-file": "munge.pid", "seed-file": "munge.seed"}
+    flags = [f"--{flag}={folder / name}" for flag, name in places.items()]
+    # --force: a key and a socket in a temporary folder are what munged warns of.
+    root("munged", "--force", *flags, f"--log-file={folder / 'munge.log'}", "--num-threads=2")
+    (folder / "slurm.conf").write_text(slurm_settings(folder))
     made.variables["SLURM_CONF"] = str(folder / "slurm.conf")
     for host, words in (("n1", ["slurmctld"]), *((name, ["slurmd", "-N", name]) for name in NAMES)):
         status, out = made.run(host, *words, "-c", "-f", folder / "slurm.conf")

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from training.layouts import ADAMW, MODEL, TRAINING
 
-from neox.config import config_from_dict
+from neox.config import config_from_dict, named_datasets
 from neox.launch import conversation
-from neox.launch.preflight import check_hosts, checkpoint_bytes, data_prefixes, print_table
+from neox.launch.preflight import check_hosts, checkpoint_bytes, print_table
 from neox.launch.probe import ANSWER, GPU_FIELDS, data_files, gpus, look, look_again, tidy, write_rate
 from neox.launch.verdict import Row, is_go, judge, judge_links
 
@@ -204,7 +204,7 @@ def test_the_probe_is_a_program(tmp_path: Path) -> None:
 
 def test_what_the_configuration_says() -> None:
     config = config_from_dict(MODEL | TRAINING | ADAMW | {"data_path": "a"})
-    assert data_prefixes(config) == ["a"]
+    assert list(named_datasets(config).values()) == ["a"]
     # 2 layers of 64, 131 tokens.
     assert checkpoint_bytes(config) == 14 * (12 * 2 * 64**2 + 2 * 131 * 64)
 

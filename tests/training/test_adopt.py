@@ -301,7 +301,7 @@ def train_on(flat: dict[str, Any], world_size: int) -> list[str]:
 
     torch.set_num_threads(1)
     config = prepare(config_of(flat, world_size))
-    lines = remarks(config)
+    lines = list(remarks(config))
     train(config)
     return lines
 

@@ -104,12 +104,6 @@ def write_checkpoint(
     temporary = _together(team, lambda: begin(final) if team.rank == 0 else None)[0]
     assert temporary is not None, "rank 0 made the folder"
 
-    def write() -> list[_File]:
-        with _drained(iter(tensors), is_shared=team.size > 1) as remaining:
-            if announced is None:
-                return _write_files(temporary, remaining, team.rank, file_bytes)
-            return _stream_files(temporary, remaining, team.rank, divided(announced, file_bytes))
-
     def finish(written: list[list[_File]]) -> None:
         if team.rank == 0:
             _write_manifest(temporary, manifest, [file for files in written for file in files], configs)
@@ -118,7 +112,7 @@ def write_checkpoint(
             commit(temporary, final)
 
     try:
-        written = _together(team, write)
+        written = _together(team, lambda: _write_share(temporary, tensors, team, announced, file_bytes))
         _together(team, lambda: finish(written))
     finally:
         if team.rank == 0:
@@ -150,6 +144,20 @@ def _drained(tensors: Iterator[StoredTensor], *, is_shared: bool) -> Iterator[It
         if is_shared:
             for _ in tensors:
                 pass
+
+
+def _write_share(
+    folder: Path,
+    tensors: Iterable[StoredTensor],
+    team: Team,
+    announced: Sequence[AnnouncedTensor] | None,
+    file_bytes: int,
+) -> list[_File]:
+    """Write what this rank has; its tensors are read to the end whatever happens."""
+    with _drained(iter(tensors), is_shared=team.size > 1) as remaining:
+        if announced is None:
+            return _write_files(folder, remaining, team.rank, file_bytes)
+        return _stream_files(folder, remaining, team.rank, divided(announced, file_bytes))
 
 
 def _write_files(folder: Path, tensors: Iterator[StoredTensor], rank: int, file_bytes: int) -> list[_File]:

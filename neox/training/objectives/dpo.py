@@ -1,14 +1,11 @@
 """Direct preference optimisation."""
 
-from collections.abc import Mapping
-
 import torch
 from torch.nn.functional import logsigmoid
 
-from neox.config import PreferenceConfig
 from neox.training.batches import ModelInputs
 from neox.training.objectives.objective import Figures, Model
-from neox.training.objectives.scores import Reference, token_scores
+from neox.training.objectives.scores import WithReference, token_scores
 
 
 def dpo_loss(ratios_pos: torch.Tensor, ratios_neg: torch.Tensor, *, beta: float) -> torch.Tensor:
@@ -22,24 +19,11 @@ def dpo_loss(ratios_pos: torch.Tensor, ratios_neg: torch.Tensor, *, beta: float)
     return -logsigmoid(beta * (ratios_pos - ratios_neg)).mean()
 
 
-class DirectPreference:
+class DirectPreference(WithReference):
     """DPO over pairs that lie behind each other in the batch: all preferred documents, then all rejected ones.
 
-    Args:
-        settings: the objective's keys.
-        dtype: of the model.
-        reference: None where the reference is uniform (`dpo_reference_free`).
-        recorded: see Objective.
+    Without a reference it is uniform (`dpo_reference_free`).
     """
-
-    def __init__(
-        self,
-        settings: PreferenceConfig,
-        dtype: torch.dtype,
-        reference: Reference | None,
-        recorded: Mapping[str, str],
-    ) -> None:
-        self.settings, self.dtype, self.reference, self.recorded = settings, dtype, reference, recorded
 
     def __call__(self, model: Model, inputs: ModelInputs) -> tuple[torch.Tensor, Figures]:
         """See Objective."""

@@ -1,13 +1,10 @@
 """KTO: documents that are good or bad by themselves, without a partner."""
 
-from collections.abc import Mapping
-
 import torch
 
-from neox.config import PreferenceConfig
 from neox.training.batches import ModelInputs
 from neox.training.objectives.objective import Figures, Model
-from neox.training.objectives.scores import Reference, token_scores
+from neox.training.objectives.scores import WithReference, token_scores
 
 
 def kto_loss(
@@ -33,23 +30,12 @@ def kto_loss(
     return (weights_B * (1.0 - torch.sigmoid(beta * rewards_B * (ratios_B - origins_B)))).mean()
 
 
-class KahnemanTversky:
-    """KTO over documents with rewards.
-
-    Args:
-        settings: the objective's keys.
-        dtype: of the model.
-        reference: the frozen model, or what it has left on disk.
-        recorded: see Objective.
-    """
-
-    def __init__(
-        self, settings: PreferenceConfig, dtype: torch.dtype, reference: Reference, recorded: Mapping[str, str]
-    ) -> None:
-        self.settings, self.dtype, self.reference, self.recorded = settings, dtype, reference, recorded
+class KahnemanTversky(WithReference):
+    """KTO over documents with rewards."""
 
     def __call__(self, model: Model, inputs: ModelInputs) -> tuple[torch.Tensor, Figures]:
         """See Objective."""
+        assert self.reference is not None, "KTO has a reference, live or on disk"
         settings, rewards_B = self.settings, inputs.extras["rewards"]
         policy_BS = token_scores(model, inputs, in_fp32=settings.kto_fp32, dtype=self.dtype)
         reference_BS = self.reference.token_scores(inputs, in_fp32=settings.kto_fp32, dtype=self.dtype)

@@ -1,13 +1,10 @@
 """REINFORCE on completions that a server has sampled and rated."""
 
-from collections.abc import Mapping
-
 import torch
 
-from neox.config import PreferenceConfig
 from neox.training.batches import ModelInputs
 from neox.training.objectives.objective import Figures, Model
-from neox.training.objectives.scores import Reference, scored, token_scores
+from neox.training.objectives.scores import WithReference, scored, token_scores
 
 
 def divergence(policy_BS: torch.Tensor, reference_BS: torch.Tensor, *, kind: str) -> torch.Tensor:
@@ -43,24 +40,11 @@ def reinforce_loss(
     return losses_BS if divergence_BS is None else losses_BS + beta * divergence_BS
 
 
-class Reinforce:
+class Reinforce(WithReference):
     """REINFORCE with a penalty on the divergence from a reference; the mean is over the scored tokens of the step.
 
-    Args:
-        settings: the objective's keys.
-        dtype: of the model.
-        reference: None for no penalty.
-        recorded: see Objective.
+    Without one there is no penalty.
     """
-
-    def __init__(
-        self,
-        settings: PreferenceConfig,
-        dtype: torch.dtype,
-        reference: Reference | None,
-        recorded: Mapping[str, str],
-    ) -> None:
-        self.settings, self.dtype, self.reference, self.recorded = settings, dtype, reference, recorded
 
     def __call__(self, model: Model, inputs: ModelInputs) -> tuple[torch.Tensor, Figures]:
         """See Objective."""

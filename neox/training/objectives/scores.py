@@ -1,8 +1,11 @@
 """Log-probabilities that a model gives the scored tokens of a micro-batch, and the frozen reference's beside them."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 
-from neox.config import Config, LoraConfig
+from neox.config import Config, LoraConfig, PreferenceConfig
 from neox.model.build import WeightSource, layer_builder
 from neox.model.layers import Decoder, layer_list
 from neox.model.loss import Labels
@@ -52,3 +55,20 @@ class Reference:
         if self.model is not None:
             return token_scores(self.model, inputs, in_fp32=in_fp32, dtype=dtype)
         return inputs.extras["reference"] * scored(inputs)
+
+
+@dataclass
+class WithReference:
+    """What objectives that compare with a reference are made of.
+
+    Attributes:
+        settings: the objective's keys.
+        dtype: of the model.
+        reference: the frozen model, or what it has left on disk; None where the objective runs without.
+        recorded: see Objective.
+    """
+
+    settings: PreferenceConfig
+    dtype: torch.dtype
+    reference: Reference | None
+    recorded: Mapping[str, str]
