@@ -14,6 +14,7 @@ from neox.config.model import ModelConfig
 from neox.config.optimization import BatchConfig, OptimizerConfig, ScheduleConfig
 from neox.config.parallel import ParallelConfig
 from neox.config.preference import ComparisonConfig, PreferenceConfig
+from neox.config.reliability import ReliabilityConfig
 from neox.config.requirements import check_training
 from neox.config.training import CheckpointConfig, TrainingConfig
 from neox.config.yaml_files import resolve_config_paths, split_overrides
@@ -36,6 +37,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "PreferenceConfig",
+    "ReliabilityConfig",
     "ScheduleConfig",
     "TokenizerConfig",
     "TrainingConfig",

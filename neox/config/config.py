@@ -20,6 +20,7 @@ from neox.config.optimization import BatchConfig, OptimizerConfig, ScheduleConfi
 from neox.config.parallel import ParallelConfig
 from neox.config.preference import ComparisonConfig, PreferenceConfig
 from neox.config.problems import NO_PLACE, Problems
+from neox.config.reliability import ReliabilityConfig
 from neox.config.resolve_amp import resolve_amp
 from neox.config.resolve_deepspeed import resolve_deepspeed, settle_types
 from neox.config.resolve_elasticity import resolve_elasticity
@@ -94,6 +95,7 @@ class Config(Section):
     lora: LoraConfig
     preference: PreferenceConfig
     comparison: ComparisonConfig
+    reliability: ReliabilityConfig
     given: dict[str, Any]
     """The flat keys that were set, as they were set."""
     sources: dict[str, str]

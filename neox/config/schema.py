@@ -19,6 +19,7 @@ from neox.config import (
     optimization,
     parallel,
     preference,
+    reliability,
     training,
 )
 from neox.config.data import DataConfig, TokenizerConfig
@@ -32,6 +33,7 @@ from neox.config.model import ModelConfig
 from neox.config.optimization import BatchConfig, OptimizerConfig, ScheduleConfig
 from neox.config.parallel import ParallelConfig
 from neox.config.preference import ComparisonConfig, PreferenceConfig
+from neox.config.reliability import ReliabilityConfig
 from neox.config.training import CheckpointConfig, TrainingConfig
 
 SECTIONS: MappingProxyType[str, type[Section]] = MappingProxyType(
@@ -53,10 +55,24 @@ SECTIONS: MappingProxyType[str, type[Section]] = MappingProxyType(
         "lora": LoraConfig,
         "preference": PreferenceConfig,
         "comparison": ComparisonConfig,
+        "reliability": ReliabilityConfig,
     }
 )
 
-_TOPICS = (model, parallel, optimization, data, training, logging, generation, launch, deepspeed, lora, preference)
+_TOPICS = (
+    model,
+    parallel,
+    optimization,
+    data,
+    training,
+    logging,
+    generation,
+    launch,
+    deepspeed,
+    lora,
+    preference,
+    reliability,
+)
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,10 @@ class Metrics:
     Losses stay on the device until then, so that a step never waits for one.
     """
 
-    def __init__(self, engine: Engine, log: MetricLog, *, last_iteration: int) -> None:
+    def __init__(self, engine: Engine, log: MetricLog) -> None:
         self.engine = engine
         self.config = config = engine.config
         self.mesh = mesh = engine.mesh
-        self.last_iteration = last_iteration
         self.log = log
         self.peak = config.logging.peak_theoretical_tflops or _device_peak(config, mesh)
         self.losses: list[torch.Tensor] = []
@@ -53,7 +52,7 @@ class Metrics:
         self.samples[step.length] += step.samples
         self.skipped += step.skipped
         iteration = step.progress.iteration
-        if iteration % self.config.logging.log_interval and iteration != self.last_iteration:
+        if iteration % self.config.logging.log_interval and not step.is_last:
             self.log.progress(iteration)
             return
         self.log.log(iteration, self._report(step))
@@ -159,10 +158,9 @@ class Checkpoints:
     def after_step(self, step: Step) -> None:
         """Save when due, and where this process ends the run; there nothing is left in the background."""
         iteration = step.progress.iteration
-        is_last = iteration == self.last_iteration
-        if is_save_point(self.config, iteration) or (is_last and self.config.checkpoint.save is not None):
+        if is_save_point(self.config, iteration) or (step.is_last and self.config.checkpoint.save is not None):
             self.saver.save(step.progress)
         elif iteration % self.config.logging.log_interval == 0:
             self.saver.look()
-        if is_last:
+        if step.is_last:
             self.saver.finish()

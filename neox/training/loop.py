@@ -25,6 +25,7 @@ class Step:
         skipped: whether fp16 overflow dropped the update.
         samples: sequences it trained on, over all data-parallel ranks.
         length: tokens of each.
+        is_last: whether this process ends after it.
         figures: what the objective measured beside the loss, by name.
     """
 
@@ -35,6 +36,7 @@ class Step:
     skipped: bool
     samples: int
     length: int
+    is_last: bool = False
     figures: Figures = field(default_factory=dict)
 
 
@@ -48,6 +50,36 @@ class Callback(Protocol):
         """After every step."""
 
 
+class Ending(Protocol):
+    """What may end a run before its last iteration."""
+
+    def is_due(self, progress: Progress) -> bool:
+        """Whether to end after the step that led to `progress`; the same on all ranks, which all ask after each."""
+
+
+class Endless:
+    """Nothing ends the run before its last iteration."""
+
+    def is_due(self, progress: Progress) -> bool:
+        """Never."""
+        return False
+
+
+class Rewind(Exception):
+    """Go back to the newest checkpoint; raised on all ranks by a callback, after the same step.
+
+    Attributes:
+        reason: what was found, for the log.
+        left_out: samples of the run's order, [start, end), that are not to be trained on when it comes there again;
+            None to repeat everything.
+    """
+
+    def __init__(self, reason: str, left_out: tuple[int, int] | None = None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.left_out = left_out
+
+
 @dataclass(frozen=True)
 class Run:
     """What a training loop works with.
@@ -58,6 +90,7 @@ class Run:
         batches: makes a step's batch of them.
         schedule: learning rates.
         iterations: where to stop.
+        ending: what may stop it before that.
     """
 
     engine: Engine
@@ -65,13 +98,19 @@ class Run:
     batches: BatchMaker
     schedule: LRSchedule
     iterations: int
+    ending: Ending = field(default_factory=Endless)
 
 
 def training_loop(run: Run, progress: Progress, callbacks: Sequence[Callback]) -> Progress:
-    """Train until `run.iterations` and return where the run stands then."""
+    """Train until `run.iterations`, or until the run is asked to end; return where it stands then.
+
+    Raises:
+        Rewind: from a callback.
+    """
     for callback in callbacks:
         callback.before_training(progress)
-    while progress.iteration < run.iterations:
+    is_last = progress.iteration >= run.iterations
+    while not is_last:
         batch = run.batches.for_step(run.loader, progress)
         learning_rate = run.schedule.lr_at(progress.schedule_step)
         run.engine.set_learning_rate(learning_rate, run.schedule.betas_at(progress.schedule_step))
@@ -83,6 +122,7 @@ def training_loop(run: Run, progress: Progress, callbacks: Sequence[Callback]) -
             consumed_samples=progress.consumed_samples + batch.samples,
             schedule_step=progress.schedule_step + (not skipped),
         )
+        is_last = run.ending.is_due(progress) or progress.iteration >= run.iterations
         step = Step(
             progress,
             loss,
@@ -91,6 +131,7 @@ def training_loop(run: Run, progress: Progress, callbacks: Sequence[Callback]) -
             skipped,
             samples=batch.samples,
             length=batch.length,
+            is_last=is_last,
             figures=run.engine.figures,
         )
         for callback in callbacks:

@@ -58,7 +58,7 @@ def _train(config: Config, mesh: Mesh) -> Progress:
     last = last_iteration(config, progress.iteration)
     with MetricLog.from_config(config, rank=mesh.rank) as log:
         if config.training.do_train and data.train is not None:
-            callbacks: list[Callback] = [Metrics(engine, log, last_iteration=last)]
+            callbacks: list[Callback] = [Metrics(engine, log)]
             if data.valid is not None and config.training.do_valid:
                 callbacks.append(Evaluation(Evaluator(engine, data.valid, batches, tokenizer), log))
             callbacks += monitors(engine, log, last_iteration=last) + profilers(engine, log, last_iteration=last)

@@ -1,0 +1,118 @@
+"""What a long run does about its own end, lost processes, bad steps, silent corruption and failing disks."""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
+
+from neox.config.keys import Float, Int, Lower, Section, number, setting
+
+_CLOCK = re.compile(r"(?:(\d+)-)?(\d+):([0-5]?\d):([0-5]?\d)")
+
+
+def seconds(value: Any) -> Any:
+    """Read "12:00:00" and "2-12:00:00" (days, hours, minutes, seconds) as Slurm does; leave the rest to the type check.
+
+    YAML itself reads 12:00:00 without quotes as a number of seconds.
+    """
+    if isinstance(value, str) and (match := _CLOCK.fullmatch(value.strip())):
+        days, hours, minutes, rest = (int(part or 0) for part in match.groups())
+        return float(((days * 24 + hours) * 60 + minutes) * 60 + rest)
+    return number(value)
+
+
+Seconds = Annotated[float, BeforeValidator(seconds)]
+StepAction = Annotated[Literal["stop", "skip", "skip_batch", "rewind"], Lower]
+
+_ACTIONS = (
+    "stop; skip: leave out this update; skip_batch: leave out this update, and the batch too whenever the run comes to "
+    "it again; rewind: go back to the newest checkpoint, and leave out the data around this step."
+)
+
+
+class ReliabilityConfig(Section):
+    """What keeps a run going, and what ends it."""
+
+    time_limit: Seconds | None = setting(
+        None,
+        "Seconds, or H:MM:SS, after which the run saves and ends; counted from the start of the process.",
+        gt=0,
+        rule="The time of a step and of a save is kept free before it.",
+    )
+    stop_file: str | None = setting(
+        None,
+        "The run saves and ends when this file appears, and removes it; absent: the file STOP in the folder of save.",
+    )
+    requeue_status: Int = setting(
+        0,
+        "Exit status of a run that a signal or time_limit ended before train_iters.",
+        ge=0,
+        le=255,
+        rule="For schedulers that start a job again by its status, 75 say; SIGINT and stop_file always end with 0.",
+    )
+    distributed_timeout: Seconds = setting(
+        600.0,
+        "Seconds, or H:MM:SS, in which every process must answer and get on; else all end and name the one.",
+        gt=0,
+    )
+    max_restarts: Int = setting(
+        0,
+        "How often train.py, where it starts the processes, starts them again after one was lost.",
+        ge=0,
+        rule="From the newest whole checkpoint of save. Under torchrun, Slurm and Kubernetes their own limit counts.",
+    )
+    elastic: bool = setting(
+        False,
+        "Let a run that is taken up have more or fewer data-parallel ranks, with the same global batch.",
+        rule="Needs train_batch_size, or a checkpoint that knows it; hosts that do not answer are left out.",
+    )
+    auto_resume: bool | None = setting(
+        None,
+        "Go on from the newest whole checkpoint in save, whatever load says, if there is one.",
+        rule="Absent: only where a launcher or a scheduler has started the run again.",
+    )
+    on_bad_loss: StepAction = setting("stop", f"What to do about a loss that is NaN or infinite: {_ACTIONS}")
+    gradient_norm_limit: Float | None = setting(
+        None, "Norm of the gradient, before clipping, above which on_large_gradient is done.", gt=0
+    )
+    on_large_gradient: StepAction = setting("skip", f"What to do about a norm above gradient_norm_limit: {_ACTIONS}")
+    loss_spike_deviations: Float | None = setting(
+        None,
+        "A loss this many standard deviations above the mean of the last loss_spike_window losses is a spike.",
+        gt=0,
+    )
+    loss_spike_window: Int = setting(128, "Steps whose losses say what is usual.", ge=8)
+    on_loss_spike: StepAction = setting("rewind", f"What to do about a spike: {_ACTIONS}")
+    rewind_window: Int = setting(
+        0, "Steps before and after a bad one whose data are left out too after a rewind.", ge=0
+    )
+    max_skips: Int = setting(
+        10, "Steps left out in a row, and rewinds without a new checkpoint between them, before the run stops.", ge=1
+    )
+    determinism: bool = setting(
+        False,
+        "Make a run on the same machine and layout repeat bit for bit.",
+        rule="Slower: only kernels that add in a fixed order. An operation that has none ends the run by name.",
+    )
+    replica_check_interval: Int = setting(
+        0,
+        "Steps between comparisons of the weights that several ranks hold copies of; 0 for none.",
+        ge=0,
+        rule="Also compared before every save then, so that no checkpoint holds what is corrupt.",
+    )
+    on_replica_mismatch: Annotated[Literal["stop", "rewind"], Lower] = setting(
+        "stop", "What to do where copies differ: stop, or rewind to the newest checkpoint, with no data left out."
+    )
+    straggler_factor: Float | None = setting(
+        None,
+        "Name ranks whose own time for a step is this many times the median, at every log_interval.",
+        gt=1,
+    )
+    io_retry_time: Seconds = setting(
+        120.0,
+        "Seconds, or H:MM:SS, in which a failed read of data or a failed save is tried again, with growing pauses.",
+        ge=0,
+    )
+
+
+OTHER_KEYS = ()
