@@ -18,6 +18,7 @@ from neox.launch.local import local_worker_count, single_placement
 from neox.launch.main import leave, script_main
 from neox.launch.meeting import enter
 from neox.launch.reporting import print_notices
+from neox.launch.restarts import Restarts
 from neox.launch.start import Start
 
 
@@ -38,7 +39,8 @@ def main(argv: list[str]) -> int:
 
     start = None
     if placement is None:
-        start = Start(config, workers=local_worker_count(config, cuda_device_count()))
+        workers = local_worker_count(config, cuda_device_count())
+        start = Start(config, workers=workers, restarts=Restarts.of(config))
         config = config.with_world_size(start.world_size)
         check_training(config)
     config = prepare(config)
@@ -47,8 +49,7 @@ def main(argv: list[str]) -> int:
     if start is not None and not start.is_alone:
         return start.run([sys.argv[0], *argv])
     enter(placement or single_placement())
-    train(config)
-    return 0
+    return train(config).status
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def write_whole(path: Path, text: str) -> None:
     """Write a file beside its place and move it there, so that no reader and no crash sees a part of it.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder cannot be written; caused by the OSError.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -56,4 +56,4 @@ def write_whole(path: Path, text: str) -> None:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from error

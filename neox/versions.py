@@ -32,19 +32,27 @@ def package_version(name: str) -> str | None:
 @cache
 def commit() -> str | None:
     """Commit of the code, with `+` where files that git knows were changed; None outside a repository."""
+    name, changed = _git("rev-parse", "--short=12", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
+    return None if name is None or changed is None else name.strip() + ("+" if changed else "")
+
+
+def changes(most_bytes: int) -> str | None:
+    """What differs from the commit in the files that git knows, as a patch; None where nothing does or it is longer."""
+    patch = _git("diff", "--binary", "HEAD")
+    return patch if patch and len(patch.encode()) <= most_bytes else None
+
+
+def _git(*words: str) -> str | None:
+    """What git says of the code; None outside a repository."""
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists() or shutil.which("git") is None:
         return None
+    command = ["git", "-C", str(root), *words]
     try:
-        name = _git(root, "rev-parse", "--short=12", "HEAD")
-        return name + ("+" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+        done = subprocess.run(command, capture_output=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def _git(root: Path, *words: str) -> str:
-    command = ["git", "-C", str(root), *words]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    return done.stdout.decode("utf-8", "replace")
 
 
 def source_digest(folder: Path) -> str:

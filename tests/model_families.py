@@ -27,10 +27,19 @@ LLAMA3_SCALING: dict[str, Any] = {
     "original_max_position_embeddings": 16,
 }
 
+MIXTRAL: dict[str, Any] = GQA | {
+    "rotary_emb_base": 1000000,
+    "moe_num_experts": 5,
+    "moe_top_k": 2,
+    "moe_router_type": "topk",
+    "moe_aux_loss_coeff": 0.02,
+}
+
 KEYS: dict[str, dict[str, Any]] = {
     "neox": {"pos_emb": "rotary", "rotary_pct": 0.25, "gpt_j_residual": True, "no_weight_tying": True},
     "llama": GQA | {"rotary_emb_base": 500000, "rope_scaling": LLAMA3_SCALING},
     "mistral": GQA | {"sliding_window_width": 7},
+    "mixtral": MIXTRAL,
     "falcon": FALCON | {"num_kv_heads": 2},
     "palm": FALCON | {"gpt_j_tied": True, "num_kv_heads": 1, "activation": "swiglu", "intermediate_size": 3 * 64},
     "opt": {"pos_emb": "learned", "opt_pos_emb_offset": 2, "max_position_embeddings": 42, "activation": "relu"},

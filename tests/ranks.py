@@ -1,6 +1,6 @@
 """Run a function on n real processes that talk over gloo.
 
-The fork server imports torch, DeepSpeed and megatron-core once; each rank is a fork of it, so a
+The fork server imports torch, DeepSpeed, megatron-core and this project once; each rank is a fork of it, so a
 multi-process test costs about a second instead of half a minute.
 """
 
@@ -13,21 +13,11 @@ import socket
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing import connection, forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
-
-PRELOAD = [
-    "torch",
-    "torch.distributed",
-    "torch._dynamo",
-    "torch._inductor.compile_fx",
-    "deepspeed",
-    "megatron.core.tensor_parallel",
-    "transformers",
-    "ranks_preload",
-]
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240.0) -> list[Any]:
@@ -45,9 +35,9 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     with tempfile.TemporaryDirectory() as folder:
         processes = _start(function, world_size, args, folder)
         try:
-            _wait(processes, timeout)
+            wait_for(processes, timeout)
         finally:
-            _kill(processes)
+            kill(processes)
         return [_result(Path(folder), rank, processes) for rank in range(world_size)]
 
 
@@ -66,27 +56,58 @@ def kill_ranks_when(
             while not happened():
                 assert time.monotonic() < deadline, "what was to happen before the kill did not"
                 if not all(p.is_alive() for p in processes):
-                    _wait(processes, 3.0)
+                    wait_for(processes, 3.0)
                     _result(Path(folder), 0, processes)
                     raise AssertionError("the ranks ended before the kill")
                 time.sleep(0.005)
         finally:
-            _kill(processes)
+            kill(processes)
 
 
 def _start(function: Callable[..., Any], world_size: int, args: tuple[Any, ...], folder: str) -> list[BaseProcess]:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
     port = free_port()
-    processes: list[BaseProcess] = []
-    for rank in range(world_size):
-        process = context.Process(target=_rank_main, args=(function, args, rank, world_size, port, folder))
-        process.start()
-        processes.append(process)
-    return processes
+    return [fork(_rank_main, function, args, rank, world_size, port, folder) for rank in range(world_size)]
 
 
-def _kill(processes: list[BaseProcess]) -> None:
+def fork(function: Callable[..., None], *args: Any) -> BaseProcess:
+    """Start `function(*args)` in a process in which all of `ranks_preload` is imported already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ranks_preload"])
+    with _server_finds(Path(__file__).parent):
+        forkserver.ensure_running()
+    process = context.Process(target=function, args=args)
+    process.start()
+    return process
+
+
+@contextlib.contextmanager
+def _server_finds(folder: Path) -> Iterator[None]:
+    """Let a fork server that is started meanwhile import from `folder`; Python 3.11 passes no `sys.path` on to it."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), str(folder.parent), *([before] if before else [])])
+    try:
+        yield
+    finally:
+        del os.environ["PYTHONPATH"]
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
+
+
+def rank_variables(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What a launcher on this machine tells a rank."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+
+
+def kill(processes: list[BaseProcess]) -> None:
+    """End those that still run, and see all of them gone."""
     for process in processes:
         process.kill()
     for process in processes:
@@ -102,28 +123,19 @@ def free_port() -> int:
             return port
 
 
-def _wait(processes: list[BaseProcess], timeout: float) -> None:
-    """Until all end, one has failed and its peers had time to notice, or time is up."""
+def wait_for(processes: list[BaseProcess], timeout: float) -> None:
+    """Return when all have ended, one has failed and its peers had time to notice, or time is up."""
     deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline and any(p.is_alive() for p in processes):
+    while (left := deadline - time.monotonic()) > 0 and (running := [p for p in processes if p.is_alive()]):
+        connection.wait([p.sentinel for p in running], left)
         if any(p.exitcode for p in processes):
             deadline = min(deadline, time.monotonic() + 3.0)
-        time.sleep(0.01)
 
 
 def _rank_main(
     function: Callable[..., Any], args: tuple[Any, ...], rank: int, world_size: int, port: int, folder: str
 ) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        GLOO_SOCKET_IFNAME="lo",
-        OMP_NUM_THREADS="1",
-    )
+    os.environ.update(rank_variables(rank, world_size, port), OMP_NUM_THREADS="1")
     output = Path(folder) / f"{rank}.pickle"
     try:
         outcome = ("ok", function(*args))

@@ -34,6 +34,7 @@ def main(arguments: list[str]) -> None:
     figures = {
         "total": count.total,
         "non_embedding": count.non_embedding,
+        "active": count.active,
         "padded_vocab_size": model.padded_vocab_size,
         "train_flops_per_token": flops_per_token(model, causal=False).model,
         "per_layer": count.per_layer,
@@ -43,6 +44,8 @@ def main(arguments: list[str]) -> None:
         return
     print(f"total                  {count.total:>18,}")
     print(f"without embeddings     {count.non_embedding:>18,}")
+    if model.has_experts:
+        print(f"active for a token     {count.active:>18,}")
     print(f"padded vocabulary      {model.padded_vocab_size:>18,}")
     print(f"training FLOPs/token   {figures['train_flops_per_token']:>18.4g}  (full attention, no recomputation)")
     for index, parameters in count.per_layer.items():

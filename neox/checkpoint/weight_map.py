@@ -11,7 +11,17 @@ import torch
 
 from neox.config import ModelConfig
 from neox.model.build import meta_decoder
-from neox.parallel.splits import Column, Heads, Row, Vocabulary, row_groups, split_dimension, split_of, take_shard
+from neox.parallel.splits import (
+    Column,
+    Heads,
+    Row,
+    Vocabulary,
+    is_expert,
+    row_groups,
+    split_dimension,
+    split_of,
+    take_shard,
+)
 
 
 class Kind(StrEnum):
@@ -22,6 +32,8 @@ class Kind(StrEnum):
     ROW = "row"
     VOCABULARY = "vocabulary"
     HEADS = "heads"
+    EXPERT = "expert"
+    """A matrix of one expert, divided like that of an MLP."""
     ROW_BIAS = "row bias"
     """Replicated here, added once after the reduction. GPT-NeoX's ranks with parallel residuals each add a part."""
 
@@ -79,5 +91,7 @@ def kind_of(name: str) -> Kind:
     split = split_of(module)
     if split_dimension(name) is None:
         return Kind.ROW_BIAS if isinstance(split, Row) and kind == "bias" else Kind.REPLICATED
+    if is_expert(name):
+        return Kind.EXPERT
     kinds = {Column: Kind.COLUMN, Row: Kind.ROW, Vocabulary: Kind.VOCABULARY, Heads: Kind.HEADS}
     return kinds[type(split)]

@@ -31,6 +31,7 @@ from neox.config.resolve_model import resolve_model
 from neox.config.resolve_optimizer import resolve_optimizer, resolve_schedule
 from neox.config.resolve_parallel import resolve_batch, resolve_parallel
 from neox.config.resolve_preference import Surroundings, check_preference
+from neox.config.resolve_reliability import check_bad_steps, check_elastic, check_restarts, note_comparisons
 from neox.config.resolve_training import check_checkpoint, check_data, resolve_training
 from neox.config.schema import fields_with_keys, put
 from neox.config.training import CheckpointConfig, TrainingConfig
@@ -150,6 +151,16 @@ class Config(Section):
         """Set the number of rows of the embedding."""
         return _rebuild(self, {"padded_vocab_size": padded_vocab_size}, world_size=self.parallel.world_size)
 
+    def passing_over_damage(self) -> "Config":
+        """Load the newest whole checkpoint where the one that is asked for is damaged."""
+        return _rebuild(self, {"load_fallback": True}, world_size=self.parallel.world_size)
+
+    def going_on_from_save(self) -> "Config":
+        """Take up all of the run from the newest whole checkpoint in `save`, whatever was to be loaded instead."""
+        changes = {"load": self.checkpoint.save, "load_fallback": True, "iteration": None}
+        whole = dict.fromkeys(("finetune", "no_load_optim", "no_load_rng"), False)
+        return _rebuild(self, changes | whole, world_size=self.parallel.world_size)
+
     def with_train_iters(self, train_iters: int) -> "Config":
         """Replace train_epochs by the number of iterations that the data gives."""
         return _rebuild(self, {"train_iters": train_iters, "train_epochs": None}, world_size=self.parallel.world_size)
@@ -218,7 +229,22 @@ def _resolve_layout(apply: Callable[..., None], world_size: int | None, problems
         "deepspeed",
     )
     apply(lambda batch, parallel: resolve_elasticity(batch, parallel, problems, notices), "batch", "parallel")
-    apply(lambda batch, parallel: resolve_batch(batch, parallel, problems), "batch", "parallel")
+    apply(
+        lambda reliability, batch, checkpoint: check_elastic(
+            problems, reliability=reliability, batch=batch, checkpoint=checkpoint
+        ),
+        "reliability",
+        "batch",
+        "checkpoint",
+    )
+    apply(
+        lambda batch, parallel, reliability: resolve_batch(
+            batch, parallel, problems, notices, elastic=reliability.elastic
+        ),
+        "batch",
+        "parallel",
+        "reliability",
+    )
 
 
 def _resolve_run(apply: Callable[..., None], problems: Problems, notices: list[str]) -> None:
@@ -251,6 +277,25 @@ def _resolve_run(apply: Callable[..., None], problems: Problems, notices: list[s
     )
     apply(lambda data, comparison: check_data(data, comparison, problems, notices), "data", "comparison")
     apply(lambda checkpoint: check_checkpoint(checkpoint, problems), "checkpoint")
+    apply(
+        lambda reliability, checkpoint: check_restarts(problems, reliability=reliability, checkpoint=checkpoint),
+        "reliability",
+        "checkpoint",
+    )
+    apply(
+        lambda reliability, checkpoint, comparison, deepspeed: check_bad_steps(
+            problems, reliability=reliability, checkpoint=checkpoint, comparison=comparison, deepspeed=deepspeed
+        ),
+        "reliability",
+        "checkpoint",
+        "comparison",
+        "deepspeed",
+    )
+    apply(
+        lambda reliability, parallel: note_comparisons(notices, reliability=reliability, parallel=parallel),
+        "reliability",
+        "parallel",
+    )
     apply(lambda logging: check_logging(logging, problems), "logging")
     apply(lambda launch: check_launch(launch, problems), "launch")
     _resolve_objective(apply, problems, notices)

@@ -11,8 +11,17 @@ class LoggingConfig(Section):
     log_interval: Int = setting(100, "Iterations between reports.", gt=0)
     steps_per_print: Int = setting(10, "Iterations between DeepSpeed's own reports.", gt=0)
     log_dir: str | None = setting(
-        None, "Folder for <host>_stdout.txt and <host>_stderr.txt, copies of what workers print, and other logs."
+        None,
+        "Folder for <host>_stdout.txt and <host>_stderr.txt, copies of what workers print, and other logs.",
+        rule="Absent: files of ranks go to the folder logs of save.",
     )
+    log_file_size: Int = setting(
+        16 * 2**20,
+        "Bytes after which a rank begins another file of what it prints; 0 for no such files.",
+        ge=0,
+        rule="They are in ranks below log_dir, else below logs in save.",
+    )
+    log_file_count: Int = setting(4, "Earlier files of a rank that are kept.", ge=0)
     log_grad_norm: bool = setting(False, "Report the L2 norm of each parameter's gradient, before clipping.")
     log_grad_pct_zeros: bool = setting(False, "Report the share of zeros in each parameter's gradient, in percent.")
     log_param_norm: bool = setting(False, "Report the L2 norm of each parameter.")

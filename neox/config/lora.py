@@ -20,6 +20,7 @@ class LoraConfig(Section):
         LINEARS,
         "Matrices to adapt: query_key_value, dense, linear1, linear2, or attention, mlp for both of each.",
         key="lora.targets",
+        rule="Experts cannot be adapted: with moe_num_experts above 1 attention only, which is then what absent means.",
     )
 
     @property
@@ -48,6 +49,11 @@ def resolve_lora(lora: LoraConfig, model: ModelConfig, problems: Problems) -> Lo
             mend = did_you_mean(target, _target_names()) or f"; choose from {', '.join(_target_names())}"
             problems.add("lora.targets", f"{target!r} is no matrix of a block{mend}")
         chosen.update(found)
+    if model.has_experts and "targets" not in lora.model_fields_set:
+        chosen = {name for name in chosen if name.startswith("attention.")}
+    for name in sorted(chosen) if model.has_experts else ():
+        if name.startswith("mlp."):
+            problems.add("lora.targets", f"{name} cannot be adapted in a model with experts; set targets: [attention]")
     return lora.model_copy(update={"targets": tuple(name for name in LINEARS if name in chosen)})
 
 

@@ -104,7 +104,44 @@ class ModelConfig(Section):
         False, "Both branches of the parallel residual read one norm.", rule="Only with gpt_j_residual."
     )
     use_bias_in_attn_linear: bool = setting(True, "Biases in the two matrices of attention.")
-    use_bias_in_mlp: bool = setting(True, "Biases in the two matrices of the MLP.")
+    use_bias_in_mlp: bool = setting(
+        True, "Biases in the two matrices of the MLP.", rule="Experts have none: false where all blocks have experts."
+    )
+    moe_num_experts: Int = setting(
+        1,
+        "Experts of a block, each an MLP of its own without biases; 1: one MLP for all tokens.",
+        gt=0,
+    )
+    moe_expert_interval: Int = setting(
+        1, "Every how many blocks one has experts, the first one always; the others have one MLP.", gt=0
+    )
+    moe_top_k: Int = setting(1, "Experts that a token goes to.", gt=0, rule="At most moe_num_experts.")
+    moe_router_type: Literal["sinkhorn", "topk"] = setting(
+        "sinkhorn",
+        "How tokens choose: topk takes the most probable experts, sinkhorn in training those of a balanced plan.",
+        rule="sinkhorn is for moe_top_k 1.",
+    )
+    moe_normalize_weights: bool = setting(
+        False,
+        "Scale the probabilities of a token's experts to a sum of 1, as Mixtral does; else they weigh as they are.",
+        rule="Absent: true with moe_router_type topk and moe_top_k above 1. Not with sinkhorn.",
+    )
+    moe_jitter_eps: Float | None = setting(
+        None,
+        "The router reads its input times uniform noise from 1 - eps to 1 + eps in training.",
+        rule="Only with moe_router_type topk.",
+        gt=0,
+        lt=1,
+    )
+    moe_aux_loss_coeff: Float = setting(
+        0.001,
+        "Factor of the load-balancing loss, a mean over blocks with experts, in what is minimised.",
+        rule="Only with moe_router_type topk.",
+        ge=0,
+    )
+    moe_z_loss_coeff: Float = setting(
+        0.0, "Factor of the mean squared log-normaliser of the router, which keeps its logits small.", ge=0
+    )
     hidden_dropout: Float = setting(0.0, "Dropout before each residual addition and on embeddings.", ge=0, lt=1)
     attention_dropout: Float = setting(0.0, "Dropout on attention probabilities.", ge=0, lt=1)
     init_method: _INITS = setting("normal", "Initialiser of embeddings and input matrices.")
@@ -148,6 +185,16 @@ class ModelConfig(Section):
     def is_gated(self) -> bool:
         """Whether the MLP multiplies two projections."""
         return self.activation in GATED_ACTIVATIONS
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether some blocks have experts."""
+        return self.moe_num_experts > 1
+
+    @property
+    def expert_layers(self) -> tuple[int, ...]:
+        """Which blocks have experts, counted from 0."""
+        return tuple(range(0, self.num_layers, self.moe_expert_interval)) if self.has_experts else ()
 
     @property
     def mlp_inner_width(self) -> int:
@@ -200,6 +247,7 @@ OTHER_KEYS = (
     no_effect("rotary_save_freqs_buffer", bool, False, "Store rotary frequencies; they are always recomputed."),
     no_effect("output_layer_parallelism", Literal["column"], "column", "How the head is split."),
     no_effect("fp16_lm_cross_entropy", bool, False, "Loss in fp16; it is always fp32."),
+    no_effect("moe_lbl_in_fp32", bool, False, "Load-balancing loss in fp32, as it always is here."),
     no_effect("onnx_safe", bool, False, "Operations that ONNX can export."),
     no_effect("te_columnparallel", bool, False, "TransformerEngine's column-parallel matrices."),
     no_effect("te_rowparallel", bool, False, "TransformerEngine's row-parallel matrices."),
@@ -215,7 +263,6 @@ OTHER_KEYS = (
     dead("use_bias_in_norms", bool, True, "Biases in norms."),
     dead("weight_server_port", int | list, 6000, "Port of the weight server."),
     dead("te_fp8_margin", int, 0, "Margin of the fp8 scale."),
-    dead("moe_lbl_in_fp32", bool, False, "Load-balancing loss in fp32."),
     dead("mup_attn_temp", float, 1.0, "muP temperature of attention."),
     dead("mup_output_temp", float, 1.0, "muP temperature of the output."),
     not_yet("rpe_num_buckets", int, 32, "Buckets of relative positions."),
@@ -234,11 +281,6 @@ OTHER_KEYS = (
     not_yet("head_size", int, None, "Size of RWKV's heads."),
     not_yet("ffn_dim", int, None, "Width of RWKV's channel mixing."),
     not_yet("te_fp8_mha", bool, False, "fp8 in attention."),
-    not_yet("moe_num_experts", int, 1, "Experts of a layer."),
-    not_yet("moe_expert_interval", int, 1, "Every how many layers one has experts."),
-    not_yet("moe_top_k", int, 1, "Experts of a token."),
-    not_yet("moe_router_type", Literal["sinkhorn", "topk"], "sinkhorn", "How tokens choose experts."),
-    not_yet("moe_jitter_eps", float, None, "Noise on the router."),
     not_yet("use_mup", bool, False, "Maximal-update parametrisation."),
     not_yet("coord_check", bool, False, "muP's coordinate check."),
     not_yet("save_base_shapes", bool, False, "Write muP's base shapes."),

@@ -35,13 +35,14 @@ class ReliabilityConfig(Section):
 
     time_limit: Seconds | None = setting(
         None,
-        "Seconds, or H:MM:SS, after which the run saves and ends; counted from the start of the process.",
+        "Seconds, or H:MM:SS, after which the run saves and ends; counted from the start of the command.",
         gt=0,
-        rule="The time of a step and of a save is kept free before it.",
+        rule="The time of two steps and of a save is kept free before it.",
     )
     stop_file: str | None = setting(
         None,
         "The run saves and ends when this file appears, and removes it; absent: the file STOP in the folder of save.",
+        rule="One that is there before the run starts ends it before its first step.",
     )
     requeue_status: Int = setting(
         0,
@@ -71,7 +72,12 @@ class ReliabilityConfig(Section):
         "Go on from the newest whole checkpoint in save, whatever load says, if there is one.",
         rule="Absent: only where a launcher or a scheduler has started the run again.",
     )
-    on_bad_loss: StepAction = setting("stop", f"What to do about a loss that is NaN or infinite: {_ACTIONS}")
+    on_bad_loss: StepAction = setting(
+        "stop",
+        f"What to do about a loss, or a gradient, that is NaN or infinite: {_ACTIONS}",
+        rule="stop looks before each report and save; the others look before each update. In fp16 a step counts where "
+        "the loss scale cannot fall any more, or after max_skips such losses in a row.",
+    )
     gradient_norm_limit: Float | None = setting(
         None, "Norm of the gradient, before clipping, above which on_large_gradient is done.", gt=0
     )
@@ -82,7 +88,7 @@ class ReliabilityConfig(Section):
         gt=0,
     )
     loss_spike_window: Int = setting(128, "Steps whose losses say what is usual.", ge=8)
-    on_loss_spike: StepAction = setting("rewind", f"What to do about a spike: {_ACTIONS}")
+    on_loss_spike: StepAction = setting("rewind", f"What to do about a spike: {_ACTIONS}", rule="rewind needs save.")
     rewind_window: Int = setting(
         0, "Steps before and after a bad one whose data are left out too after a rewind.", ge=0
     )
@@ -98,21 +104,29 @@ class ReliabilityConfig(Section):
         0,
         "Steps between comparisons of the weights that several ranks hold copies of; 0 for none.",
         ge=0,
-        rule="Also compared before every save then, so that no checkpoint holds what is corrupt.",
+        rule="Then before every save too: no checkpoint is made of copies that differ. Which copies there are depends "
+        "on the layout.",
     )
     on_replica_mismatch: Annotated[Literal["stop", "rewind"], Lower] = setting(
         "stop", "What to do where copies differ: stop, or rewind to the newest checkpoint, with no data left out."
     )
     straggler_factor: Float | None = setting(
         None,
-        "Name ranks whose own time for a step is this many times the median, at every log_interval.",
+        "Name ranks whose own time for a step is this many times the median of the others in their pipeline stage.",
         gt=1,
+        rule="At every log_interval. Own time is without the waiting in collectives.",
     )
     io_retry_time: Seconds = setting(
         120.0,
         "Seconds, or H:MM:SS, in which a failed read of data or a failed save is tried again, with growing pauses.",
         ge=0,
+        rule="At most half of distributed_timeout, in which every process must get on.",
     )
+
+    @property
+    def retry_time(self) -> float:
+        """Seconds in which reads and saves are tried again."""
+        return min(self.io_retry_time, self.distributed_timeout / 2)
 
 
 OTHER_KEYS = ()

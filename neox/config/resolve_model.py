@@ -4,6 +4,7 @@ from neox.config.deepspeed import DeepSpeedConfig
 from neox.config.model import ModelConfig
 from neox.config.problems import Problems
 from neox.config.resolve_attention import resolve_attention
+from neox.config.resolve_experts import resolve_experts
 
 _VENDOR_NORMS = {"te_layernorm": "layernorm", "te_rmsnorm": "rmsnorm"}
 _EPSILONS = {
@@ -28,7 +29,7 @@ def resolve_model(
     )
     _check_positions(model, problems, notices)
     _check_block(model, problems, notices)
-    return resolve_attention(model, problems)
+    return resolve_attention(resolve_experts(model, problems, notices), problems)
 
 
 def _mlp_width(model: ModelConfig, problems: Problems) -> int:

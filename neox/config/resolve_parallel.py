@@ -3,6 +3,7 @@
 import re
 
 from neox.config.deepspeed import DeepSpeedConfig
+from neox.config.elastic_batch import share_batch
 from neox.config.keys import mismatch
 from neox.config.layouts import find_layout
 from neox.config.model import ModelConfig
@@ -159,9 +160,13 @@ def _zero_stage(
     return layout.runs_as
 
 
-def resolve_batch(batch: BatchConfig, parallel: ParallelConfig, problems: Problems) -> BatchConfig:
+def resolve_batch(
+    batch: BatchConfig, parallel: ParallelConfig, problems: Problems, notices: list[str], *, elastic: bool = False
+) -> BatchConfig:
     """Solve batch = micro batch x accumulation steps x data-parallel size for what is not given."""
     ranks = parallel.data_parallel_size
+    if elastic and ranks is not None and batch.train_batch_size:
+        return share_batch(batch, parallel, problems, notices)
     total, micro = batch.train_batch_size, batch.train_micro_batch_size_per_gpu
     steps = batch.gradient_accumulation_steps
     if not (total and micro):

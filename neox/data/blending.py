@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from itertools import accumulate
 from math import ceil
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,6 +20,12 @@ class SampleSource(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample: ...
+
+    def origin(self, index: int) -> dict[str, Any]:
+        """Where a sample comes from, without reading it: `dataset`, the prefix of its files; `sample`, its number in
+        the order of that dataset; `documents`, those items of the files that it has tokens of.
+        """
+        ...
 
 
 def normalized_weights(weights: Sequence[float]) -> list[float]:
@@ -105,10 +111,19 @@ class BlendedDataset:
         return len(self.dataset_index)
 
     def __getitem__(self, index: int) -> Sample:
+        dataset, number = self._place(index)
+        return dataset[number]
+
+    def origin(self, index: int) -> dict[str, Any]:
+        """See SampleSource."""
+        dataset, number = self._place(index)
+        return dataset.origin(number)
+
+    def _place(self, index: int) -> tuple[SampleSource, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         dataset = self.datasets[int(self.dataset_index[index])]
-        return dataset[int(self.sample_index[index]) % len(dataset)]
+        return dataset, int(self.sample_index[index]) % len(dataset)
 
 
 def split_boundaries(split: str, size: int) -> list[int]:

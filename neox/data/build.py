@@ -18,7 +18,7 @@ from neox.data.blending import (
 from neox.data.completions import CompletionDataset, CompletionSource, completion_sources
 from neox.data.gpt_dataset import GPTDataset, PackingOptions, build_gpt_dataset
 from neox.data.index_cache import SINGLE_PROCESS, Coordinator
-from neox.data.indexed import IndexedDataset
+from neox.data.indexed import IndexedDataset, open_corpus
 from neox.data.online import OnlineDataset
 from neox.data.packing import packed_sample_count
 from neox.errors import DataError
@@ -195,7 +195,7 @@ def _sources(config: "Config", split: str) -> Sequence[_Source | CompletionSourc
         return completion_sources(config, split)
     if not data.data_path:
         return _listed_sources(config, split)
-    tokens = _open(config, data.data_path)
+    tokens = open_corpus(config, data.data_path)
     bounds = split_boundaries(data.split, len(tokens))
     start, stop = bounds[SPLITS.index(split)], bounds[SPLITS.index(split) + 1]
     return [_Source(split, tokens, range(start, stop))] if stop > start else []
@@ -206,14 +206,10 @@ def _listed_sources(config: "Config", split: str) -> list[_Source]:
     label_paths = getattr(config.data, f"{split}_label_data_paths") or [None] * len(paths)
     sources = []
     for number, (path, label_path) in enumerate(zip(paths, label_paths, strict=True)):
-        tokens = _open(config, path)
-        labels = _open(config, label_path) if label_path else None
+        tokens = open_corpus(config, path)
+        labels = open_corpus(config, label_path) if label_path else None
         sources.append(_Source(f"{split}_{number}", tokens, range(len(tokens)), labels))
     return sources
-
-
-def _open(config: "Config", prefix: str) -> IndexedDataset:
-    return IndexedDataset(prefix, data_impl=config.data.data_impl, warmup=config.data.mmap_warmup)
 
 
 def _weights(config: "Config", split: str, sources: Sequence[_Source | CompletionSource]) -> list[float]:

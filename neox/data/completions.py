@@ -13,7 +13,7 @@ import numpy as np
 
 from neox.data.gpt_dataset import IGNORED_LABEL, PADDING_TOKEN, PackingOptions, Sample
 from neox.data.index_cache import Coordinator, cached_maps, map_stem
-from neox.data.indexed import IndexedDataset
+from neox.data.indexed import IndexedDataset, open_corpus
 from neox.data.packing import IndexMaps, unpacked_maps
 from neox.errors import DataError
 
@@ -52,7 +52,8 @@ class ScoredDocuments:
                 raise _misfit(
                     self.rewards, f"{len(self.rewards)} rewards for the {len(self.tokens)} documents", self.tokens
                 )
-            if not ((self.rewards.sizes == 1) | (self.rewards.sizes == self.tokens.sizes)).all():
+            sizes = np.asarray(self.rewards.sizes)
+            if not ((sizes == 1) | (sizes == np.asarray(self.tokens.sizes))).all():
                 raise _misfit(self.rewards, "expected one reward a document, or one a token,", self.tokens)
 
     def usable(self, capacity: int, *, allow_chopped: bool) -> np.ndarray:
@@ -60,7 +61,7 @@ class ScoredDocuments:
         numbers = range(len(self.tokens))
         scored = ((self.labels.get(number)[1:capacity] != IGNORED_LABEL).any() for number in numbers)
         kept = np.fromiter(scored, bool, len(numbers))
-        return kept if allow_chopped else kept & (self.tokens.sizes <= capacity)
+        return kept if allow_chopped else kept & (np.asarray(self.tokens.sizes) <= capacity)
 
     def row(self, document: int, length: int) -> Sample:
         """A document cut or padded to `length`: `tokens`, `labels`, and where there are any `rewards`, `reference`."""
@@ -111,11 +112,19 @@ class CompletionDataset:
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        document = int(self.maps.doc_idx[self.maps.shuffle_idx[index]])
+        document = self._document(index)
         rows = [side.row(document, self.seq_length + 1) for side in self.sides]
         if len(rows) == 1:
             return rows[0]
         return {field: np.stack([row[field] for row in rows]) for field in rows[0]}
+
+    def origin(self, index: int) -> dict[str, Any]:
+        """See `neox.data.blending.SampleSource`; the dataset of a pair is that of its preferred documents."""
+        prefix = str(self.sides[0].tokens.prefix)
+        return {"dataset": prefix, "sample": index, "documents": [self._document(index)]}
+
+    def _document(self, index: int) -> int:
+        return int(self.maps.doc_idx[self.maps.shuffle_idx[index]])
 
 
 @dataclass(frozen=True)
@@ -160,6 +169,7 @@ class CompletionSource:
             partial(self._order, packing, num_samples),
             coordinator=coordinator,
             use_shared_fs=packing.use_shared_fs,
+            patience=self.tokens.patience,
         )
         return CompletionDataset(self.sides, maps, packing.seq_length)
 
@@ -197,7 +207,7 @@ def completion_sources(config: "Config", split: str) -> list[CompletionSource]:
 
 def _opened(config: "Config", section: Any, which: str) -> Iterable[ScoredDocuments]:
     """Documents of `<which>_data_paths` with their labels, and the rewards and log-probabilities that are asked for."""
-    open_one = partial(IndexedDataset, data_impl=config.data.data_impl, warmup=config.data.mmap_warmup)
+    open_one = partial(open_corpus, config)
     paths = getattr(section, f"{which}_data_paths") or ()
     labels = getattr(section, f"{which}_label_data_paths") or ()
     rewards = getattr(config.comparison, f"{which}_reward_data_paths", None) or (None,) * len(paths)

@@ -89,6 +89,11 @@ class GPTDataset:
         labels = tokens if labels is None else labels
         return {"tokens": _pad(tokens, wanted, PADDING_TOKEN), "labels": _pad(labels, wanted, IGNORED_LABEL)}
 
+    def origin(self, index: int) -> dict[str, Any]:
+        """See `neox.data.blending.SampleSource`."""
+        documents = [item for item, _, _ in self._parts(int(self.maps.shuffle_idx[index]))]
+        return {"dataset": str(self.tokens.prefix), "sample": index, "documents": documents}
+
     def _parts(self, sample: int) -> list[tuple[int, int, int | None]]:
         """Return the pieces (item, offset, length or None for the rest) that make up a sample, in order."""
         (first, offset), (last, end) = self.maps.sample_idx[sample : sample + 2].tolist()
@@ -157,6 +162,7 @@ def build_gpt_dataset(
         build,
         coordinator=coordinator,
         use_shared_fs=packing.use_shared_fs,
+        patience=tokens.patience,
     )
     return GPTDataset(tokens, maps, packing, labels=labels)
 
@@ -205,7 +211,8 @@ def _build_packed(
             f"{tokens.prefix}: {per_epoch} tokens in {len(items)} documents are too few for one sample of "
             f"seq_length {packing.seq_length}; use more data or a larger share in split"
         )
-    return packed_maps(tokens.sizes, items, seq_length=packing.seq_length, num_epochs=num_epochs, seed=packing.seed)
+    sizes = np.asarray(tokens.sizes)
+    return packed_maps(sizes, items, seq_length=packing.seq_length, num_epochs=num_epochs, seed=packing.seed)
 
 
 def _eligible(
@@ -213,7 +220,7 @@ def _eligible(
 ) -> np.ndarray:
     """Tell which items may be packed whole: bool [L]."""
     capacity = packing.seq_length + 1
-    sizes = tokens.sizes[items]
+    sizes = np.asarray(tokens.sizes)[items]
     kept = sizes > 0
     if not packing.allow_chopped:
         kept &= sizes <= capacity

@@ -17,6 +17,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from neox.data.packing import IndexMaps
+from neox.data.stored import stored_npy
+from neox.patience import IMPATIENT, Patience
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +73,7 @@ def cached_maps(
     *,
     coordinator: Coordinator = SINGLE_PROCESS,
     use_shared_fs: bool = True,
+    patience: Patience = IMPATIENT,
 ) -> IndexMaps:
     """Return the maps kept under `stem`, computing them first if what is there has another fingerprint.
 
@@ -83,18 +86,19 @@ def cached_maps(
         build: computes the maps; pure.
         coordinator: who else is there.
         use_shared_fs: whether one machine's file is seen by all.
+        patience: how long a read that fails is tried again.
     """
     wanted = json.loads(json.dumps({"algorithm": ALGORITHM, **fingerprint}))
     built = None
     try:
-        if coordinator.is_builder(use_shared_fs=use_shared_fs) and _load(stem, wanted) is None:
+        if coordinator.is_builder(use_shared_fs=use_shared_fs) and _load(stem, wanted, patience) is None:
             built = build()
             _store(stem, wanted, built)
     except OSError as error:
         log.warning("%s: cannot keep the sample order here (%s); it stays in memory", stem, error)
     finally:
         coordinator.barrier()  # even on an error, or the others would wait for ever
-    return _load(stem, wanted) or built or build()
+    return _load(stem, wanted, patience) or built or build()
 
 
 def _paths(stem: str) -> dict[str, Path]:
@@ -105,19 +109,15 @@ def _fingerprint_path(stem: str) -> Path:
     return Path(f"{stem}_fingerprint.json")
 
 
-def _load(stem: str, wanted: Mapping[str, Any]) -> IndexMaps | None:
-    """Return the maps on disk as memory maps, or None if they are absent, damaged or of another corpus."""
+def _load(stem: str, wanted: Mapping[str, Any], patience: Patience) -> IndexMaps | None:
+    """Return the maps on disk, or None if they are absent, damaged or of another corpus."""
     try:
         if json.loads(_fingerprint_path(stem).read_text()) != wanted:
             return None
-        arrays = {field: _open_array(path) for field, path in _paths(stem).items()}
+        arrays = {field: stored_npy(path, patience) for field, path in _paths(stem).items()}
     except (OSError, ValueError):
         return None
     return IndexMaps(**arrays)
-
-
-def _open_array(path: Path) -> np.ndarray:
-    return np.asarray(np.load(path, mmap_mode="r"))
 
 
 def _store(stem: str, fingerprint: Mapping[str, Any], maps: IndexMaps) -> None:

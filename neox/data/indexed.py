@@ -1,18 +1,25 @@
 """Reading tokenized corpora: a `.bin` file of raw tokens and an `.idx` file that says where each item lies.
 
 Two index formats exist. "mmap" (magic `MMIDIDX`) is what every current tool writes; "cached" (magic `TNTIDX`)
-is the older one. Both are memory-mapped here: opening costs nothing, and reading an item copies nothing.
+is the older one. Of both, what is asked for is read then (`neox.data.stored`): opening costs nothing and holds nothing.
 """
 
+import contextlib
 import hashlib
 import struct
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from neox.data.stored import StoredArray, StoredFile
 from neox.errors import DataError
+from neox.patience import IMPATIENT, Patience
+
+if TYPE_CHECKING:
+    from neox.config import Config
 
 MMAP_MAGIC = b"MMIDIDX\x00\x00"
 CACHED_MAGIC = b"TNTIDX\x00\x00"
@@ -22,6 +29,10 @@ CACHED_HEADER = struct.Struct("<8s6Q")  # magic, version, dtype code, token size
 DTYPE_CODES: dict[int, np.dtype] = {
     code: np.dtype(name) for code, name in enumerate(("<u1", "<i1", "<i2", "<i4", "<i8", "<f4", "<f8", "<u2"), start=1)
 }
+
+INT64 = np.dtype("<i8")
+
+_ROWS_HASHED = 1 << 20
 
 
 class ItemIndex(NamedTuple):
@@ -38,9 +49,9 @@ class ItemIndex(NamedTuple):
 
     kind: str
     dtype: np.dtype
-    sizes: np.ndarray
-    starts: np.ndarray
-    doc_idx: np.ndarray
+    sizes: StoredArray
+    starts: StoredArray
+    doc_idx: StoredArray
     start_bytes: int
 
     def first_token(self, item: int) -> int:
@@ -58,46 +69,38 @@ def index_file(prefix: str | Path) -> Path:
     return Path(f"{prefix}.idx")
 
 
-def infer_data_impl(prefix: str | Path) -> str:
-    """Return "mmap" or "cached", whichever the index file of this prefix is.
-
-    Raises:
-        DataError: the file is missing or is neither.
-    """
-    path = index_file(prefix)
-    _require_file(path, prefix)
-    with path.open("rb") as file:
-        magic = file.read(len(MMAP_MAGIC))
-    if magic == MMAP_MAGIC:
-        return "mmap"
-    if magic.startswith(CACHED_MAGIC):
-        return "cached"
-    raise DataError(f"{path}: not a dataset index (it starts with {magic!r}); make it with preprocess_data.py")
-
-
 class IndexedDataset:
-    """The items of one tokenized corpus, as arrays that point into the memory-mapped file.
+    """The items of one tokenized corpus.
 
     Args:
         prefix: path without `.bin` and `.idx`.
         data_impl: "infer", "mmap" or "cached"; anything but "infer" must be what the file is.
         warmup: read the whole `.bin` once, so that later reads hit the page cache.
+        patience: how long a read that fails is tried again.
 
     Raises:
         DataError: a file is missing, truncated, or not what its header says.
     """
 
-    def __init__(self, prefix: str | Path, *, data_impl: str = "infer", warmup: bool = False) -> None:
+    def __init__(
+        self,
+        prefix: str | Path,
+        *,
+        data_impl: str = "infer",
+        warmup: bool = False,
+        patience: Patience = IMPATIENT,
+    ) -> None:
         self.prefix = str(prefix)
         self.data_impl = data_impl
-        found = infer_data_impl(prefix)
+        self.patience = patience
+        index = _open(index_file(prefix), prefix, patience)
+        found = _kind(index)
         if data_impl not in ("infer", found):
             raise DataError(f"{index_file(prefix)}: data_impl is '{data_impl}' but the file is '{found}'; use 'infer'")
-        read = _read_mmap_index if found == "mmap" else _read_cached_index
-        self.index = read(index_file(prefix))
-        self._tokens = _map_tokens(prefix, self.index)
+        self.index = _read_mmap_index(index) if found == "mmap" else _read_cached_index(index)
+        self._tokens = _tokens(prefix, self.index, patience)
         if warmup:
-            _read_through(data_file(prefix))
+            _read_through(self._tokens.file)
 
     def __len__(self) -> int:
         return len(self.index.sizes)
@@ -105,17 +108,16 @@ class IndexedDataset:
     def __getitem__(self, item: int) -> np.ndarray:
         return self.get(item)
 
-    def __reduce__(self) -> tuple[type["IndexedDataset"], tuple[str]]:
-        # Spawned loader workers reopen the files; pickling a memory map would copy the corpus.
-        return IndexedDataset, (self.prefix,)
+    def __reduce__(self) -> tuple[Callable[..., "IndexedDataset"], tuple[str]]:
+        return partial(IndexedDataset, patience=self.patience), (self.prefix,)  # a spawned worker opens the files anew
 
     @property
-    def sizes(self) -> np.ndarray:
+    def sizes(self) -> StoredArray:
         """Tokens per item, int32 or int64 [I]."""
         return self.index.sizes
 
     @property
-    def doc_idx(self) -> np.ndarray:
+    def doc_idx(self) -> StoredArray:
         """Item at which each document starts, int64 [documents + 1]."""
         return self.index.doc_idx
 
@@ -125,20 +127,25 @@ class IndexedDataset:
         return self.index.dtype
 
     def get(self, item: int, offset: int = 0, length: int | None = None) -> np.ndarray:
-        """Return `length` tokens of an item from `offset` on (all that follow by default), without a copy."""
-        size = int(self.index.sizes[item])
-        stop = size if length is None else offset + length
-        assert 0 <= offset <= stop <= size, f"tokens {offset}:{stop} of item {item}, which has {size}"
-        start = self.index.first_token(item)
-        return self._tokens[start + offset : start + stop]
+        """Return `length` tokens of an item from `offset` on (all that follow by default).
+
+        Raises:
+            LostDataError: the file cannot be read, and could not for as long as `patience` has it tried.
+        """
+        if length is None:
+            length = int(self.index.sizes[item]) - offset
+        assert offset >= 0 <= length, f"{length} tokens from {offset} of item {item}"
+        start = self.index.first_token(item) + offset
+        return self._tokens.rows(start, start + length)
 
     @cached_property
     def fingerprint(self) -> dict[str, int | str]:
         """Identity of the layout (not of the tokens): everything that sample order depends on."""
         digest = hashlib.blake2b(digest_size=16)
-        digest.update(np.ascontiguousarray(self.sizes).data)
-        digest.update(np.ascontiguousarray(self.doc_idx).data)
-        return {"index_bytes": index_file(self.prefix).stat().st_size, "layout": digest.hexdigest()}
+        for array in (self.sizes, self.doc_idx):
+            for start in range(0, len(array), _ROWS_HASHED):
+                digest.update(array[start : start + _ROWS_HASHED].data)
+        return {"index_bytes": self.sizes.file.size, "layout": digest.hexdigest()}
 
     @property
     def fingerprint_with_content_date(self) -> dict[str, int | str]:
@@ -146,20 +153,34 @@ class IndexedDataset:
         return {**self.fingerprint, "modified_ns": data_file(self.prefix).stat().st_mtime_ns}
 
 
-def _require_file(path: Path, prefix: str | Path) -> None:
-    if path.is_file():
-        return
-    hint = ""
-    if str(prefix).endswith((".bin", ".idx")):
-        hint = " (give the prefix without .bin or .idx)"
-    raise DataError(f"{path}: no such file{hint}; a dataset is {prefix}.bin with {prefix}.idx")
+def open_corpus(config: "Config", prefix: str) -> IndexedDataset:
+    """Open the corpus of a prefix as the configuration asks for."""
+    return IndexedDataset(
+        prefix,
+        data_impl=config.data.data_impl,
+        warmup=config.data.mmap_warmup,
+        patience=Patience(config.reliability.retry_time),
+    )
 
 
-def _map_bytes(path: Path) -> np.ndarray:
-    """Map a file read-only, as uint8. A plain array: np.memmap's own indexing is several times slower."""
-    if path.stat().st_size == 0:
-        return np.empty(0, np.uint8)
-    return np.asarray(np.memmap(path, np.uint8, mode="r"))
+def _open(path: Path, prefix: str | Path, patience: Patience) -> StoredFile:
+    with contextlib.suppress(OSError):  # other than a missing file: tried again below
+        if not path.is_file():
+            hint = ""
+            if str(prefix).endswith((".bin", ".idx")):
+                hint = " (give the prefix without .bin or .idx)"
+            raise DataError(f"{path}: no such file{hint}; a dataset is {prefix}.bin with {prefix}.idx")
+    return StoredFile(path, patience)
+
+
+def _kind(index: StoredFile) -> str:
+    """Which of the two formats an index file has."""
+    magic = index.read(np.dtype(np.uint8), min(index.size, len(MMAP_MAGIC)), 0).tobytes()
+    if magic == MMAP_MAGIC:
+        return "mmap"
+    if magic.startswith(CACHED_MAGIC):
+        return "cached"
+    raise DataError(f"{index.path}: not a dataset index (it starts with {magic!r}); make it with preprocess_data.py")
 
 
 def _token_dtype(code: int, path: Path) -> np.dtype:
@@ -177,55 +198,54 @@ def _check_header(path: Path, *, version: int, bytes_found: int, bytes_wanted: i
         )
 
 
-def _unpack_header(path: Path, raw: np.ndarray, header: struct.Struct) -> tuple[Any, ...]:
-    if len(raw) < header.size:
-        raise DataError(f"{path}: {len(raw)} bytes, too short for a header; truncated, make it again")
-    return header.unpack(raw[: header.size].tobytes())
+def _unpack_header(file: StoredFile, header: struct.Struct) -> tuple[Any, ...]:
+    if file.size < header.size:
+        raise DataError(f"{file.path}: {file.size} bytes, too short for a header; truncated, make it again")
+    return header.unpack(file.read(np.dtype(np.uint8), header.size, 0).tobytes())
 
 
-def _read_mmap_index(path: Path) -> ItemIndex:
-    raw = _map_bytes(path)
-    _, version, code, items, documents = _unpack_header(path, raw, MMAP_HEADER)
-    dtype = _token_dtype(code, path)
-    wanted = MMAP_HEADER.size + 12 * items + 8 * documents
-    _check_header(path, version=version, bytes_found=len(raw), bytes_wanted=wanted)
+def _read_mmap_index(file: StoredFile) -> ItemIndex:
+    _, version, code, items, documents = _unpack_header(file, MMAP_HEADER)
+    dtype = _token_dtype(code, file.path)
     at = MMAP_HEADER.size
-    sizes = raw[at : at + 4 * items].view("<i4")
-    byte_starts = raw[at + 4 * items : at + 12 * items].view("<i8")
-    return ItemIndex("mmap", dtype, sizes, byte_starts, raw[at + 12 * items :].view("<i8"), 1)
+    _check_header(file.path, version=version, bytes_found=file.size, bytes_wanted=at + 12 * items + 8 * documents)
+    sizes = StoredArray(file, np.dtype("<i4"), at, items)
+    byte_starts = StoredArray(file, INT64, at + 4 * items, items)
+    return ItemIndex("mmap", dtype, sizes, byte_starts, StoredArray(file, INT64, at + 12 * items, documents), 1)
 
 
-def _read_cached_index(path: Path) -> ItemIndex:
-    raw = _map_bytes(path)
-    _, version, code, itemsize, items, n_sizes, documents = _unpack_header(path, raw, CACHED_HEADER)
-    dtype = _token_dtype(code, path)
-    wanted = CACHED_HEADER.size + 8 * (2 * (items + 1) + n_sizes + documents)
-    _check_header(path, version=version, bytes_found=len(raw), bytes_wanted=wanted)
+def _read_cached_index(file: StoredFile) -> ItemIndex:
+    _, version, code, itemsize, items, n_sizes, documents = _unpack_header(file, CACHED_HEADER)
+    dtype = _token_dtype(code, file.path)
+    at = CACHED_HEADER.size
+    wanted = at + 8 * (2 * (items + 1) + n_sizes + documents)
+    _check_header(file.path, version=version, bytes_found=file.size, bytes_wanted=wanted)
     if itemsize != dtype.itemsize or n_sizes != items:
-        raise DataError(f"{path}: items that are not plain rows of {dtype} tokens cannot be read")
-    numbers = raw[CACHED_HEADER.size :].view("<i8")
-    starts = numbers[items + 1 : 2 * items + 1]  # after the dimension offsets, which rows do not need
-    sizes = numbers[2 * (items + 1) : 2 * (items + 1) + items]
-    return ItemIndex("cached", dtype, sizes, starts, numbers[2 * (items + 1) + items :], itemsize)
+        raise DataError(f"{file.path}: items that are not plain rows of {dtype} tokens cannot be read")
+    starts = StoredArray(
+        file, INT64, at + 8 * (items + 1), items
+    )  # after the dimension offsets, which rows do not need
+    sizes = StoredArray(file, INT64, at + 16 * (items + 1), items)
+    return ItemIndex(
+        "cached", dtype, sizes, starts, StoredArray(file, INT64, wanted - 8 * documents, documents), itemsize
+    )
 
 
-def _map_tokens(prefix: str | Path, index: ItemIndex) -> np.ndarray:
+def _tokens(prefix: str | Path, index: ItemIndex, patience: Patience) -> StoredArray:
     path = data_file(prefix)
-    _require_file(path, prefix)
-    raw = _map_bytes(path)
+    file = _open(path, prefix, patience)
     tokens = index.first_token(-1) + int(index.sizes[-1]) if len(index.sizes) else 0
-    if len(raw) != tokens * index.dtype.itemsize:
+    if file.size != tokens * index.dtype.itemsize:
         raise DataError(
-            f"{path}: {len(raw)} bytes, but {index_file(prefix).name} lists {tokens} tokens of "
+            f"{path}: {file.size} bytes, but {index_file(prefix).name} lists {tokens} tokens of "
             f"{index.dtype.itemsize} bytes; truncated or of another index, make the pair again"
         )
     if len(index.doc_idx) and int(index.doc_idx[-1]) != len(index.sizes):
         raise DataError(f"{index_file(prefix)}: its documents do not end at its last item; make the pair again")
-    return raw.view(index.dtype)
+    return StoredArray(file, index.dtype, 0, tokens)
 
 
-def _read_through(path: Path) -> None:
-    buffer = bytearray(1 << 24)
-    with path.open("rb", buffering=0) as file:
-        while file.readinto(buffer):
-            continue
+def _read_through(file: StoredFile) -> None:
+    step = 1 << 24
+    for start in range(0, file.size, step):
+        file.read(np.dtype(np.uint8), min(step, file.size - start), start)

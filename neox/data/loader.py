@@ -1,6 +1,9 @@
 """Micro-batches for one data-parallel rank: endless, in a fixed order, from any starting sample."""
 
+import os
 from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import islice
 
 import numpy as np
 import torch
@@ -8,6 +11,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from neox.data.blending import SampleSource
 from neox.data.gpt_dataset import Sample
+from neox.data.order import Ranges, advance, read_places
+from neox.data.workers import serve
+from neox.errors import DataError
 
 Batch = dict[str, torch.Tensor]
 
@@ -17,30 +23,42 @@ class RankSampler(Sampler[list[int]]):
 
     The run reads samples start, start + 1, ... in order, and starts again after the last. Of every dp_size *
     b of them, rank r takes the r-th block of b: with G micro-batches to a step, step i consumes samples [i *
-    G * dp_size * b, (i + 1) * G * dp_size * b), whatever the number of ranks.
+    G * dp_size * b, (i + 1) * G * dp_size * b), whatever the number of ranks. Where ranges are left out, the same
+    holds of the order without them.
 
     Args:
         num_samples: length of the dataset.
         micro_batch_size: b.
         dp_rank, dp_size: this rank among the data-parallel ranks.
         start: samples that the run has consumed so far, over all ranks.
+        left_out: ranges of the order that are passed over, as `neox.data.order.merged` makes them.
     """
 
     def __init__(
-        self, num_samples: int, *, micro_batch_size: int, dp_rank: int = 0, dp_size: int = 1, start: int = 0
+        self,
+        num_samples: int,
+        *,
+        micro_batch_size: int,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        start: int = 0,
+        left_out: Ranges = (),
     ) -> None:
         assert min(num_samples, micro_batch_size, start + 1) > 0, "sizes must be positive"
         assert 0 <= dp_rank < dp_size, f"rank {dp_rank} of {dp_size}"
         self.num_samples = num_samples
         self.micro_batch_size = micro_batch_size
         self.stride = micro_batch_size * dp_size
-        self.first = start + dp_rank * micro_batch_size
+        self.before = dp_rank * micro_batch_size
+        self.start = start
+        self.left_out = left_out
 
     def __iter__(self) -> Iterator[list[int]]:
-        position = self.first
+        place = self.start
         while True:
-            yield [number % self.num_samples for number in range(position, position + self.micro_batch_size)]
-            position += self.stride
+            own = read_places(advance(place, self.before, self.left_out), self.left_out)
+            yield [number % self.num_samples for number in islice(own, self.micro_batch_size)]
+            place = advance(place, self.stride, self.left_out)
 
 
 class BatchLoader:
@@ -55,6 +73,7 @@ class BatchLoader:
         micro_batch_size: b, samples of each batch.
         dp_rank, dp_size: this rank among the data-parallel ranks.
         start: samples that the run has consumed so far, over all ranks; may exceed the dataset.
+        left_out: ranges of the order that are passed over, see `RankSampler`.
         num_workers: processes that read ahead; 0 reads in this one.
     """
 
@@ -66,20 +85,28 @@ class BatchLoader:
         dp_rank: int = 0,
         dp_size: int = 1,
         start: int = 0,
+        left_out: Ranges = (),
         num_workers: int = 0,
     ) -> None:
         sampler = RankSampler(
-            len(dataset), micro_batch_size=micro_batch_size, dp_rank=dp_rank, dp_size=dp_size, start=start
+            len(dataset),
+            micro_batch_size=micro_batch_size,
+            dp_rank=dp_rank,
+            dp_size=dp_size,
+            start=start,
+            left_out=left_out,
         )
         self.consumed_samples = start
         self._samples_per_batch = micro_batch_size * dp_size
+        self._left_out = left_out
         loader = DataLoader(
             _AsTorchDataset(dataset),
             batch_sampler=sampler,
             num_workers=num_workers,
-            collate_fn=stack_samples,
+            collate_fn=_batch_or_error,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(0),  # else it draws from the global one, and dropout changes
+            worker_init_fn=partial(serve, os.getpid()),
         )
         self._batches = iter(loader)
 
@@ -88,7 +115,9 @@ class BatchLoader:
 
     def __next__(self) -> Batch:
         batch = next(self._batches)
-        self.consumed_samples += self._samples_per_batch
+        if isinstance(batch, DataError):
+            raise batch
+        self.consumed_samples = advance(self.consumed_samples, self._samples_per_batch, self._left_out)
         return batch
 
 
@@ -96,8 +125,16 @@ class _AsTorchDataset(Dataset[Sample]):
     def __init__(self, source: SampleSource) -> None:
         self.source = source
 
-    def __getitem__(self, index: int) -> Sample:
-        return self.source[index]
+    def __getitems__(self, numbers: list[int]) -> list[Sample] | DataError:
+        # An error that a worker raises arrives with the worker's traceback as its text; as a value it arrives as it is.
+        try:
+            return [self.source[number] for number in numbers]
+        except DataError as error:
+            return error
+
+
+def _batch_or_error(found: list[Sample] | DataError) -> Batch | DataError:
+    return found if isinstance(found, DataError) else stack_samples(found)
 
 
 def stack_samples(samples: Sequence[Sample]) -> Batch:

@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from neox.data.stored import Rows
+
 CHUNK = 1 << 22  # samples located at a time, which bounds the temporary memory
 
 
@@ -30,9 +32,9 @@ class IndexMaps(NamedTuple):
         shuffle_idx: int [M], the order in which samples are given out.
     """
 
-    doc_idx: np.ndarray
-    sample_idx: np.ndarray
-    shuffle_idx: np.ndarray
+    doc_idx: Rows
+    sample_idx: Rows
+    shuffle_idx: Rows
 
 
 def packed_sample_count(tokens: int, seq_length: int) -> int:

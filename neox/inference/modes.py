@@ -16,6 +16,7 @@ from neox.inference.loading import load_model
 from neox.inference.precompute import precompute
 from neox.inference.text import TextCompletion, TextGenerator
 from neox.parallel.mesh import Mesh
+from neox.watch import phase
 
 PROMPT_SIGN = "Context prompt >>> "
 
@@ -118,12 +119,17 @@ def complete_shared(
 def run_session(generator: TextGenerator, settings: GenerationSettings, mesh: Mesh, *, prompt_end: str) -> None:
     """Read prompts from the terminal and answer, until its end. Only rank 0 has a terminal; the others follow."""
     prompts = typed_prompts(sys.stdin, prompt_end) if mesh.rank == 0 else iter(())
-    while (prompt := _broadcast(next(prompts, None), mesh)) is not None:
+    while (prompt := _broadcast(_typed(prompts), mesh)) is not None:
         result = generator.complete([prompt], settings=settings)[0]
         if mesh.rank == 0:
             print(result.text)
             if result.completion.message:
                 print(result.completion.message, file=sys.stderr)
+
+
+@phase("waiting for a prompt", lawful=True)
+def _typed(prompts: Iterator[str]) -> str | None:
+    return next(prompts, None)
 
 
 def typed_prompts(stream: TextIO, prompt_end: str) -> Iterator[str]:

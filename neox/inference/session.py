@@ -10,6 +10,7 @@ from neox.config import Config
 from neox.errors import LaunchError
 from neox.launch.environment import Placement
 from neox.parallel.mesh import Mesh, build_mesh
+from neox.watch import watched
 
 
 def without_pipeline(config: Config) -> Config:
@@ -51,8 +52,6 @@ def join(config: Config, placement: Placement | None) -> Iterator[Mesh]:
     if world == 1:
         yield Mesh(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         return
-    mesh = build_mesh(config)
-    try:
-        yield mesh
-    finally:
+    with watched(config) as watch:
+        yield build_mesh(config, when_joined=watch.begin)
         dist.destroy_process_group()

@@ -20,6 +20,7 @@ from neox.launch.hosts import starter_of
 from neox.launch.kubernetes import Pods, manifest
 from neox.launch.main import script_main
 from neox.launch.preflight import check_hosts
+from neox.launch.restarts import REQUEUE_STATUS
 from neox.launch.slurm import Job, submit, write_batch_file
 from neox.launch.start import EXIT_NO_GO
 
@@ -60,15 +61,20 @@ def slurm(argv: list[str]) -> int:
     options = parser.parse_intermixed_args(argv)
     config = shared.read_config(options)
     gpus, tasks = shared.processes_per_node(options, config)
-    shared.check_layout(config, options.nodes * tasks)
+    nodes = shared.usable_nodes(options, config, tasks)
     if options.requeue or options.max_restarts:
         shared.check_resumes(config, "--no-requeue --max-restarts 0")
+    # A run that was warned must not end as one that is done.
+    status = config.reliability.requeue_status or REQUEUE_STATUS
+    command = shared.script_command(options)
     job = Job(
         name=shared.job_name(options),
-        nodes=options.nodes,
+        nodes=nodes,
         tasks_per_node=tasks,
         gpus_per_node=gpus,
-        command=shared.script_command(options),
+        command=[*command, f"requeue_status={status}"] if options.requeue else command,
+        requeue_status=status,
+        save=None if config.checkpoint.save is None else Path(config.checkpoint.save),
         check=shared.configuration(options) if config.launch.preflight else None,
         account=options.account or config.launch.account,
         comment=options.comment or config.launch.comment,
@@ -97,17 +103,24 @@ def kubernetes(argv: list[str]) -> int:
     options = parser.parse_intermixed_args(argv)
     config = shared.read_config(options)
     gpus, tasks = shared.processes_per_node(options, config)
-    shared.check_layout(config, options.nodes * tasks)
+    nodes = shared.usable_nodes(options, config, tasks)
+    if len(nodes) > 1:
+        raise LaunchError(f"--nodes {options.nodes}: a set of pods has one size; give one number")
     if options.max_restarts:
         shared.check_resumes(config, "--max-restarts 0")
+    # A pod that ends with 0, because its host is wanted for something else, would count as done.
+    status = config.reliability.requeue_status or REQUEUE_STATUS
+    # Nothing tells a pod that it is not the first.
+    again = ["auto_resume=true", f"requeue_status={status}"] if options.max_restarts else []
     pods = Pods(
         # Names of pods are names of hosts.
         name=re.sub(r"[^a-z0-9]+", "-", shared.job_name(options).lower()).strip("-"),
-        nodes=options.nodes,
+        nodes=nodes[0],
         gpus_per_node=gpus,
         tasks_per_node=tasks,
         image=options.image,
-        command=shared.script_command(options, must_exist=False),
+        requeue_status=status,
+        command=[*shared.script_command(options, must_exist=False), *again],
         volumes=options.volume,
         **shared.chosen(options, "folder", "max_restarts", "namespace"),
     )

@@ -6,6 +6,9 @@ from contextlib import contextmanager
 from types import FrameType
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+EXIT_LOST = 3
+"""Status of a process whose run was lost: a process died, was cut off, or stalled."""
+
 WARNING = (signal.SIGUSR1, signal.SIGUSR2)
 """Sent by schedulers some time before they end a job; sending one twice is no reason to end at once."""
 
@@ -23,13 +26,16 @@ def forwarded_signals(handler: Callable[[int, FrameType | None], None]) -> Itera
             signal.signal(signum, before)
 
 
-def exit_status(first_failure: int, statuses: Sequence[int]) -> int:
+def exit_status(first_failure: int, statuses: Sequence[int], heard: Sequence[int] = ()) -> int:
     """The status of a group: 2 if any ended with 2 (a user's mistake), else that of the first to fail.
 
     Args:
         first_failure: status of the process seen to fail first, 0 if none was.
         statuses: of all processes, as `Popen.returncode` has them: negative for a signal.
+        heard: signals that the group was sent; it ends as interrupted where two of them are SIGINT.
     """
+    if list(heard).count(signal.SIGINT) > 1:
+        return 128 + signal.SIGINT
     failures = [status for status in statuses if status]
     if 2 in failures:
         return 2

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from neox.errors import LaunchError
 from neox.launch.node import detect_node
 from neox.launch.nodelist import expand_nodelist, tasks_on_node
-from neox.launch.variables import DEFAULT_MASTER_PORT, integer, port
+from neox.launch.variables import DEFAULT_MASTER_PORT, RESTARTS, integer, port
 
 LOCAL_LAUNCH = "NEOX_LOCAL_LAUNCH"  # set by neox.launch.local in its workers
 TORCH_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -39,6 +39,10 @@ _SPELLING = {
 
 # slurm.h: the numbers above are SLURM_INTERACTIVE_STEP, SLURM_BATCH_SCRIPT, SLURM_EXTERN_CONT, ...
 _SLURM_MAX_NORMAL_STEP_ID = 0xFFFFFFF0
+
+
+_BETWEEN_RESTARTS = 101
+"""Ports between two starts of a job: its neighbours in the queue, whose numbers follow, may share the host."""
 
 
 @dataclass(frozen=True)
@@ -236,9 +240,15 @@ def _from_slurm(environ: Mapping[str, str]) -> Placement:
         world_size=world_size,
         local_world_size=_slurm_local_size(environ, world_size),
         master_addr=environ.get("MASTER_ADDR") or _slurm_first_host(environ),
-        master_port=port(environ, "MASTER_PORT", 20000 + integer(environ, "SLURM_JOB_ID") % 10000),
+        master_port=port(environ, "MASTER_PORT", _slurm_port(environ)),
         launcher="slurm",
     )
+
+
+def _slurm_port(environ: Mapping[str, str]) -> int:
+    # Another one for each restart inside the job: a process of the step before may still have its port.
+    restarts = integer(environ, RESTARTS) if RESTARTS in environ else 0
+    return 20000 + (integer(environ, "SLURM_JOB_ID") + _BETWEEN_RESTARTS * restarts) % 10000
 
 
 def _slurm_first_host(environ: Mapping[str, str]) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from neox.errors import LaunchError
+from neox.launch.restarts import REQUEUE_STATUS
 from neox.launch.variables import DEFAULT_MASTER_PORT
 
 GRACE_SECONDS = 300
@@ -31,6 +32,7 @@ class Pods:
         folder: working folder in the container; None leaves it to the image.
         volumes: `CLAIM:PATH` for each persistent volume claim.
         max_restarts: how often all pods are started again after one failed.
+        requeue_status: exit status of a run that was asked to end early, which does not count as a failure.
         namespace: None leaves it to kubectl.
     """
 
@@ -43,6 +45,7 @@ class Pods:
     folder: str | None = None
     volumes: Sequence[str] = ()
     max_restarts: int = 3
+    requeue_status: int = REQUEUE_STATUS
     namespace: str | None = None
 
 
@@ -71,6 +74,7 @@ def _jobset(pods: Pods) -> dict[str, Any]:
         "completionMode": "Indexed",
         # The set restarts as a whole: a pod alone would find nobody to meet.
         "backoffLimit": 0,
+        "podFailurePolicy": {"rules": _preemptions(pods)},
         "template": {"spec": _pod(pods, variables, container="train")},
     }
     return {
@@ -78,10 +82,30 @@ def _jobset(pods: Pods) -> dict[str, Any]:
         "kind": "JobSet",
         "metadata": _metadata(pods),
         "spec": {
-            "failurePolicy": {"maxRestarts": pods.max_restarts},
+            "failurePolicy": _failure_policy(pods),
             "replicatedJobs": [{"name": "host", "replicas": 1, "template": {"spec": job}}],
         },
     }
+
+
+def _preemptions(pods: Pods) -> list[dict[str, Any]]:
+    """Ends of a pod that are no fault of the run: a job that fails so has the reason PodFailurePolicy."""
+    ended_early = {"containerName": "train", "operator": "In", "values": [pods.requeue_status]}
+    return [
+        {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+        {"action": "FailJob", "onExitCodes": ended_early},
+    ]
+
+
+def _failure_policy(pods: Pods) -> dict[str, Any]:
+    if not pods.max_restarts:
+        return {"maxRestarts": 0}
+    uncounted = {
+        "name": "preempted",
+        "action": "RestartJobSetAndIgnoreMaxRestarts",
+        "onJobFailureReasons": ["PodFailurePolicy"],
+    }
+    return {"maxRestarts": pods.max_restarts, "rules": [uncounted]}
 
 
 def _pytorchjob(pods: Pods) -> dict[str, Any]:

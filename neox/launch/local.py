@@ -1,5 +1,6 @@
 """Starting all ranks of this machine: what `python train.py` does when no launcher did it."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from neox.errors import LaunchError
+from neox.launch.clock import STARTED, started
 from neox.launch.endings import ENDING, exit_status, forwarded_signals
 from neox.launch.environment import LOCAL_LAUNCH, LOOPBACK, Placement, export
 from neox.launch.node import Node
@@ -45,6 +47,7 @@ def run_local(
     environ: Mapping[str, str],
     node: Node | None = None,
     grace: float = 10.0,
+    heard: list[int] | None = None,
 ) -> int:
     """Run `workers` copies of `python ARGV...` as the ranks of this machine, and wait for all.
 
@@ -59,6 +62,7 @@ def run_local(
         environ: environment of the workers, before the rank's variables are added.
         node: this machine among the hosts of the run; None if it is the only one.
         grace: seconds between SIGTERM and SIGKILL.
+        heard: list to which the signals are added that this process is sent.
 
     Returns:
         Exit status: 0 if all succeeded, 2 if any worker ended with 2 (a user's mistake), else that of the
@@ -67,7 +71,7 @@ def run_local(
     Raises:
         LaunchError: a worker cannot be started.
     """
-    group = _Workers(terminal=sys.stdin is not None and sys.stdin.isatty())
+    group = _Workers(terminal=sys.stdin is not None and sys.stdin.isatty(), heard=[] if heard is None else heard)
     with tempfile.TemporaryDirectory(prefix="neox-launch-") as folder, forwarded_signals(group.handle):
         try:
             alone = node is None or node.count == 1
@@ -86,7 +90,7 @@ def single_placement() -> Placement:
         world_size=1,
         local_world_size=1,
         master_addr=LOOPBACK,
-        master_port=_free_port(),
+        master_port=free_port(),
         launcher="local",
     )
 
@@ -94,10 +98,12 @@ def single_placement() -> Placement:
 class _Workers:
     """The processes of one world that run on this machine, in rank order."""
 
-    def __init__(self, *, terminal: bool) -> None:
+    def __init__(self, *, terminal: bool, heard: list[int]) -> None:
         self.terminal = terminal
+        self.heard = heard
         self.processes: list[subprocess.Popen[bytes]] = []
         self.signals_received = 0
+        self._orphaned: set[int] = set()
 
     def start(self, command: Sequence[str], *, places: Sequence[Placement], environ: Mapping[str, str]) -> None:
         for place in places:
@@ -135,6 +141,15 @@ class _Workers:
         """Nonzero statuses of the workers that have ended, in rank order; negative for a signal."""
         return [process.returncode for process in self.processes if process.returncode]
 
+    def end_orphans(self) -> None:
+        """Kill the children, data loaders say, of workers that failed since the last call."""
+        for rank, process in enumerate(self.processes):
+            if process.returncode and rank not in self._orphaned:
+                self._orphaned.add(rank)
+                if not self._shares_terminal(rank):
+                    with contextlib.suppress(ProcessLookupError):  # most have none
+                        os.killpg(process.pid, signal.SIGKILL)
+
     def send(self, signum: int) -> None:
         """Send a signal to every running worker; SIGKILL reaches the worker's own children too."""
         for rank in self.alive():
@@ -148,9 +163,11 @@ class _Workers:
         self.send(signal.SIGKILL)
         for process in self.processes:
             process.wait()
+        self.end_orphans()
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
         """Signal handler: pass warnings and the first request to end on, turn any later request into SIGKILL."""
+        self.heard.append(signum)
         self.signals_received += signum in ENDING
         if self.signals_received > 1 and signum in ENDING:
             self.send(signal.SIGKILL)
@@ -165,6 +182,7 @@ def _supervise(group: _Workers, *, grace: float) -> int:
     first_failure = 0
     deadline = float("inf")
     while group.alive():
+        group.end_orphans()
         if not first_failure and group.failures():
             first_failure = group.failures()[0]
             deadline = time.monotonic() + grace
@@ -172,7 +190,7 @@ def _supervise(group: _Workers, *, grace: float) -> int:
         if time.monotonic() > deadline:
             group.send(signal.SIGKILL)
         time.sleep(_POLL_SECONDS)
-    return exit_status(first_failure, group.failures())
+    return exit_status(first_failure, group.failures(), group.heard)
 
 
 def _places(workers: int, node: Node | None) -> list[Placement]:
@@ -200,6 +218,7 @@ def _shared_environment(environ: Mapping[str, str], *, workers: int, folder: Pat
         LOCAL_LAUNCH: "1",
         LAUNCHER_PID: str(os.getpid()),
         ERROR_LOCK: str(folder / "error"),
+        STARTED: str(started(environ)),
     }
     if alone and sys.platform.startswith("linux"):
         # gloo otherwise resolves the host's name, which on laptops and behind VPNs leads nowhere.
@@ -213,8 +232,9 @@ def _available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _free_port() -> int:
+def free_port(address: str = LOOPBACK) -> int:
+    """A TCP port of this machine that nobody has now."""
     with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
+        probe.bind((address, 0))
         port: int = probe.getsockname()[1]
         return port

@@ -25,8 +25,8 @@ def script_main(function: Callable[[list[str]], int | None], argv: Sequence[str]
         argv: arguments without the script's name; default: the process's own.
 
     Returns:
-        2 after a UserError, whose text goes to stderr once per group of workers; 130 after Ctrl-C. Any other
-        exception is a defect and keeps its traceback.
+        2 after a UserError, 1 after one of storage that failed; its text goes to stderr once per group of workers. 130
+        after Ctrl-C. Any other exception is a defect and keeps its traceback.
     """
     die_with_parent(os.environ)
     arguments = strip_local_rank(sys.argv[1:] if argv is None else argv)
@@ -34,7 +34,7 @@ def script_main(function: Callable[[list[str]], int | None], argv: Sequence[str]
         return function(arguments) or 0
     except UserError as error:
         report_user_error(error)
-        return EXIT_USER_ERROR
+        return error.exit_status
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:

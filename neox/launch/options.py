@@ -1,10 +1,11 @@
 """Options that the commands of `python -m neox.launch` share, and what they mean."""
 
 import argparse
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neox.errors import LaunchError
+from neox.errors import ConfigError, LaunchError
 from neox.launch.arguments import Arguments, Parser
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def add_configuration(parser: argparse.ArgumentParser, *, nargs: str = "+") -> N
 def add_run(parser: argparse.ArgumentParser) -> None:
     """The configuration, what runs, on how many hosts, and the file to write."""
     add_configuration(parser)
-    parser.add_argument("--nodes", type=int, required=True, metavar="N", help="hosts")
+    parser.add_argument("--nodes", required=True, metavar="N", help="hosts; MIN-MAX for Slurm and an elastic run")
     parser.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs of each host; default: num_gpus, or 8")
     parser.add_argument("--tasks-per-node", type=int, metavar="N", help="processes of each host; default: one a GPU")
     parser.add_argument("--max-restarts", type=int, default=3, metavar="N", help="after failures; default: %(default)s")
@@ -78,12 +79,41 @@ def check_resumes(config: "Config", otherwise: str) -> None:
     """
     save, load = config.checkpoint.save, config.checkpoint.load
     if save is None:
-        raise LaunchError(
-            f"save: a job that starts again needs a folder to go on from; set it and load, or {otherwise}"
-        )
-    if load is None or Path(load).absolute() != Path(save).absolute():
-        found = "not set" if load is None else f"{load}, not {save}"
-        raise LaunchError(f"load: {found}; a job that starts again needs load={save} to go on, or {otherwise}")
+        raise LaunchError(f"save: a job that starts again needs a folder to go on from; set it, or {otherwise}")
+    goes_on = load is not None and Path(load).absolute() == Path(save).absolute() and not config.checkpoint.finetune
+    if config.reliability.auto_resume is False and not goes_on:
+        raise LaunchError(f"auto_resume: false, and load is not {save}; starting again needs either, or {otherwise}")
+
+
+def usable_nodes(options: argparse.Namespace, config: "Config", tasks: int) -> list[int]:
+    """Numbers of hosts of `--nodes` that the layout and the batch can use.
+
+    Raises:
+        ConfigError: there are none; what is wrong with the most.
+        LaunchError: a range is given for a run that is not elastic.
+    """
+    least, most = _nodes(options.nodes)
+    if least != most and not config.reliability.elastic:
+        raise LaunchError(f"--nodes {options.nodes}: a range is for runs with elastic: true; give one number")
+    found = []
+    for nodes in range(least, most + 1):
+        try:
+            check_layout(config, nodes * tasks)
+        except ConfigError:
+            continue
+        found.append(nodes)
+    if not found:
+        check_layout(config, most * tasks)
+    return found
+
+
+def _nodes(text: str) -> tuple[int, int]:
+    """The least and the most hosts of `N` or `MIN-MAX`."""
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    least, most = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if not 1 <= least <= most:
+        raise LaunchError(f"--nodes {text}: give a number of hosts, at least 1, or MIN-MAX")
+    return least, most
 
 
 def processes_per_node(options: argparse.Namespace, config: "Config") -> tuple[int, int]:
@@ -94,9 +124,8 @@ def processes_per_node(options: argparse.Namespace, config: "Config") -> tuple[i
     """
     gpus = options.gpus_per_node if options.gpus_per_node is not None else config.launch.num_gpus or 8
     tasks = options.tasks_per_node or gpus or 1
-    for flag, value, least in (("--nodes", options.nodes, 1), ("--gpus-per-node", gpus, 0)):
-        if value < least:
-            raise LaunchError(f"{flag} {value}: give at least {least}")
+    if gpus < 0:
+        raise LaunchError(f"--gpus-per-node {gpus}: give at least 0")
     if 0 < gpus < tasks:
         raise LaunchError(f"--tasks-per-node {tasks}: a host has {gpus} GPUs, one for each process; lower it")
     return gpus, tasks

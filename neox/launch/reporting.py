@@ -28,7 +28,7 @@ def report_user_error(error: UserError, *, environ: Mapping[str, str] | None = N
     """
     environ = os.environ if environ is None else environ
     if environ.get(ERROR_LOCK):
-        _print_if_first(str(error), environ[ERROR_LOCK])
+        _print_if_first(error, environ[ERROR_LOCK])
         return
     rank, local_rank = _ranks(environ)
     if rank == 0:
@@ -60,15 +60,15 @@ def print_notices(lines: Iterable[str], placement: Placement | None) -> None:
             _print(line)
 
 
-def _print_if_first(message: str, lock_path: str) -> None:
+def _print_if_first(error: UserError, lock_path: str) -> None:
     # Held while printing: a worker that finds the mark and exits has the launcher end the others.
     with Path(lock_path).open("a+", encoding="utf-8") as lock:
         with contextlib.suppress(OSError):  # some file systems of several hosts know no locks: then it is said twice
             fcntl.flock(lock, fcntl.LOCK_EX)
         lock.seek(0)
         if not lock.read():
-            _print(message)
-            lock.write("printed")
+            _print(str(error))
+            lock.write(str(error.exit_status))
 
 
 def _print(message: str) -> None:

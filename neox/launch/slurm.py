@@ -11,6 +11,8 @@ from pathlib import Path
 from neox.errors import LaunchError
 from neox.files import write_whole
 from neox.launch.reporting import ERROR_LOCK
+from neox.launch.restarts import REQUEUE_STATUS
+from neox.launch.variables import RESTARTS
 
 
 @dataclass(frozen=True)
@@ -19,20 +21,24 @@ class Job:
 
     Attributes:
         name: of the job; its log is NAME-NUMBER.out.
-        nodes, tasks_per_node, gpus_per_node: hosts, processes of each, GPUs of each.
+        nodes: numbers of hosts that the run can use, in order; several only if it is elastic.
+        tasks_per_node, gpus_per_node: processes of each host, GPUs of each.
         command: script and arguments that every process runs after `python -u`.
         check: configuration arguments of a check of all hosts before the run, None for no check.
         time, partition, account, comment: sbatch's own; None leaves them to the cluster.
         cpus_per_task: cores of a process; None leaves it to the cluster.
         logs: folder of the log.
         warning: seconds before the time limit at which the run is asked to save and stop.
-        requeue: whether a job that was warned goes back into the queue.
-        max_restarts: how often a run that failed is started again inside the allocation.
+        requeue: whether a run that was to end early goes back into the queue.
+        requeue_status: exit status of such a run.
+        save: folder of its checkpoints, in which progress is seen; None if there is none.
+        max_restarts: how often in a row, without a new checkpoint, a run that failed is started again inside the
+            allocation, and how often it is requeued.
         sbatch, srun: further options, each a word such as `--qos=high`.
     """
 
     name: str
-    nodes: int
+    nodes: Sequence[int]
     tasks_per_node: int
     gpus_per_node: int
     command: Sequence[str]
@@ -45,6 +51,8 @@ class Job:
     logs: str = "logs"
     warning: int = 300
     requeue: bool = True
+    requeue_status: int = REQUEUE_STATUS
+    save: Path | None = None
     max_restarts: int = 3
     sbatch: Sequence[str] = ()
     srun: Sequence[str] = ()
@@ -59,22 +67,27 @@ def batch_file(job: Job, *, folder: Path, python: str = sys.executable) -> str:
         python: the interpreter on the hosts.
     """
     check = [python, "-m", "neox.launch", "check", "--slurm", *(job.check or ())]
+    where = "" if len(job.nodes) == 1 else f' --nodes="$nodes" --ntasks=$((nodes * {job.tasks_per_node}))'
     return _SCRIPT.format(
         options="\n".join(f"#SBATCH {option}" for option in _options(job, folder)),
         folder=shlex.quote(str(folder)),
         logs=shlex.quote(str(folder / job.logs)),
+        latest=shlex.quote(str(folder / job.save / "latest")) if job.save is not None else "''",
         check=f"{shlex.join(check)} || exit 1\n\n" if job.check is not None else "",
-        again='exec scontrol requeue "$SLURM_JOB_ID"' if job.requeue else "exit 0",
-        restarts=job.max_restarts,
+        nodes=_CHOICE.format(nodes=" ".join(map(str, job.nodes))) if where else "",
+        requeue=_REQUEUE.format(limit=job.max_restarts) if job.requeue else '    exit "$status"',
+        requeue_status=job.requeue_status,
+        limit=job.max_restarts,
         lock=ERROR_LOCK,
-        step=shlex.join(["srun", "--kill-on-bad-exit=1", *job.srun, python, "-u", *job.command]),
+        restarts=RESTARTS,
+        step=f"srun --kill-on-bad-exit=1{where} {shlex.join([*job.srun, python, '-u', *job.command])}",
     )
 
 
 def _options(job: Job, folder: Path) -> list[str]:
     given = {
         "job-name": job.name,
-        "nodes": job.nodes,
+        "nodes": "-".join(map(str, sorted({min(job.nodes), max(job.nodes)}))),
         "ntasks-per-node": job.tasks_per_node,
         "gpus-per-node": job.gpus_per_node or None,
         "cpus-per-task": job.cpus_per_task,
@@ -90,15 +103,44 @@ def _options(job: Job, folder: Path) -> list[str]:
     return [*words, "--requeue" if job.requeue else "--no-requeue", *job.sbatch]
 
 
+_CHOICE = """\
+# Slurm may have given any number of hosts in between.
+for choice in {nodes}; do
+    [ "$choice" -gt "$SLURM_JOB_NUM_NODES" ] || nodes=$choice
+done
+
+"""
+
+_REQUEUE = """\
+    # Turns that end without a new checkpoint are counted, lest a run that cannot get on is queued for ever.
+    turns=$(($(cat "$idle" 2>/dev/null || echo 0) + 1))
+    [ "$(newest)" = "$first" ] || turns=0
+    if [ "$turns" -gt {limit} ]; then
+        echo "$turns turns without a new checkpoint; not requeued" >&2
+        rm -f "$idle"
+        exit "$status"
+    fi
+    echo "$turns" >"$idle"
+    exec scontrol requeue "$SLURM_JOB_ID\""""
+
 _SCRIPT = """\
 #!/bin/bash
 {options}
 
 # Slurm warns this script before the time limit (--signal=B:USR1@...). It passes the warning to every process, which
-# saves and stops. Then the job goes back into the queue, if it may, and starts again from the newest checkpoint.
-# Slurm itself requeues a job that loses a host.
+# saves and ends with status {requeue_status}. Then the job goes back into the queue, if it may, and starts again from
+# the newest checkpoint. Status 0 is a run that is done, or that was asked to end; 2 is a mistake, which trying again
+# does not mend; after any other the run is started again here. Slurm itself requeues a job that loses a host.
 
 cd {folder} || exit 1
+logs={logs}
+idle=$logs/.idle-$SLURM_JOB_ID
+
+newest() {{
+    stat -c %y {latest} 2>/dev/null
+    cat {latest} 2>/dev/null
+}}
+first=$(newest)
 
 warned=
 step=
@@ -108,12 +150,18 @@ warn() {{
 }}
 trap warn USR1
 
-{check}# The first process that meets a user's mistake writes to it; srun's own status is that of those it then ends.
-export {lock}={logs}/.mistake-$SLURM_JOB_ID
+again() {{
+{requeue}
+}}
 
+{check}{nodes}# The first process that meets a user's mistake writes 2; srun's own status is that of those it then ends.
+export {lock}=$logs/.mistake-$SLURM_JOB_ID
+
+status={requeue_status}
 restarts=0
 while [ -z "$warned" ]; do
     rm -f "${lock}"
+    before=$(newest)
     {step} </dev/null &
     step=$!
     wait "$step"
@@ -123,15 +171,20 @@ while [ -z "$warned" ]; do
         wait "$step"
         status=$?
     done
-    # Trying again mends no mistake.
-    [ ! -s "${lock}" ] || {{ rm -f "${lock}"; exit 2; }}
+    mistake=$(cat "${lock}" 2>/dev/null)
+    rm -f "${lock}"
+    [ "$mistake" != 2 ] || exit 2
+    [ "$status" -ne 0 ] || {{ rm -f "$idle"; exit 0; }}
+    [ "$status" -ne {requeue_status} ] || break
     [ -z "$warned" ] || break
-    [ "$status" -ne 0 ] || exit 0
+    export {restarts}=$((${restarts} + 1))
+    [ "$(newest)" = "$before" ] || restarts=0
     restarts=$((restarts + 1))
-    [ "$restarts" -le {restarts} ] || exit "$status"
-    echo "status $status; restart $restarts of {restarts}" >&2
+    [ "$restarts" -le {limit} ] || exit "$status"
+    echo "status $status; restart $restarts of {limit}" >&2
+    sleep $((restarts < 6 ? 2 ** (restarts - 1) : 60))
 done
-{again}
+again
 """
 
 

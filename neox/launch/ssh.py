@@ -13,10 +13,15 @@ from types import FrameType
 from neox.errors import LaunchError
 from neox.launch.endings import exit_status, forwarded_signals
 
-SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
-"""Never asks for a password."""
+SSH = (
+    *("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10"),
+    *("-o", "ServerAliveInterval=60", "-o", "ServerAliveCountMax=10"),
+)
+"""Never asks for a password, and ends when nothing has come from the host for ten minutes."""
 
 _POLL_SECONDS = 0.1
+_SECONDS_TO_END = 30.0
+"""Longer than `neox.launch.remote` gives a program that is to end; after that the line to the host is cut."""
 _MOST_AT_ONCE = 64
 
 
@@ -26,15 +31,16 @@ def check_reachable(hosts: Iterable[str]) -> None:
     Raises:
         LaunchError: naming each that does not answer, with ssh's reason.
     """
-    silent = {host: reason for host, reason in _ask_all(list(hosts)).items() if reason}
-    if silent:
+    if silent := silent_hosts(hosts):
         named = "; ".join(f"{host} ({reason})" for host, reason in silent.items())
         raise LaunchError(f"hostfile: no answer over ssh from {named}; `ssh HOST true` must work without a password")
 
 
-def _ask_all(hosts: list[str]) -> dict[str, str]:
+def silent_hosts(hosts: Iterable[str]) -> dict[str, str]:
+    """Hosts that do not answer over ssh, with ssh's reason; all are asked at the same time."""
+    names = list(hosts)
     with ThreadPoolExecutor(_MOST_AT_ONCE) as threads:
-        return dict(zip(hosts, threads.map(_ask, hosts), strict=True))
+        return {host: reason for host, reason in zip(names, threads.map(_ask, names), strict=True) if reason}
 
 
 def _ask(host: str) -> str:
@@ -59,15 +65,20 @@ def remote_command(argv: Sequence[str], variables: Mapping[str, str]) -> list[st
     return [f"cd {shlex.quote(str(Path.cwd()))} && {shlex.join(command)}"]
 
 
-def run_everywhere(commands: Mapping[str, Sequence[str]]) -> int:
+def run_everywhere(commands: Mapping[str, Sequence[str]], heard: list[int] | None = None) -> int:
     """Run each host's command over ssh and wait for all; the first to fail ends the others.
 
-    SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 are passed on; a second SIGINT or SIGTERM ends all at once.
+    SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 are passed on; a second SIGINT or SIGTERM ends all at once. A host that
+    does not end its program in half a minute is given up: its link is cut, say.
+
+    Args:
+        commands: by host.
+        heard: list to which the signals are added that this process is sent.
 
     Returns:
         Exit status as of `neox.launch.local.run_local`.
     """
-    connections = _Connections()
+    connections = _Connections([] if heard is None else heard)
     with forwarded_signals(connections.handle):
         try:
             for host, command in commands.items():
@@ -80,8 +91,9 @@ def run_everywhere(commands: Mapping[str, Sequence[str]]) -> int:
 class _Connections:
     """One ssh process for each host; its standard input carries signals, and its end ends the program there."""
 
-    def __init__(self) -> None:
+    def __init__(self, heard: list[int]) -> None:
         self.processes: list[subprocess.Popen[bytes]] = []
+        self.heard = heard
         self.endings = 0
 
     def start(self, command: Sequence[str]) -> None:
@@ -89,15 +101,19 @@ class _Connections:
         self.processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, process_group=0))
 
     def wait(self) -> int:
-        first_failure = 0
+        first_failure, deadline = 0, float("inf")
         while None in (statuses := [process.poll() for process in self.processes]):
             if not first_failure and any(statuses):
                 first_failure = next(status for status in statuses if status)
                 self.hang_up()
+                deadline = time.monotonic() + _SECONDS_TO_END
+            if time.monotonic() > deadline:
+                self.cut()
             time.sleep(_POLL_SECONDS)
-        return exit_status(first_failure, [status for status in statuses if status])
+        return exit_status(first_failure, [status for status in statuses if status], self.heard)
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
+        self.heard.append(signum)
         self.endings += signum in (signal.SIGINT, signal.SIGTERM)
         if self.endings > 1:
             self.hang_up()
@@ -117,3 +133,9 @@ class _Connections:
                     process.stdin.close()
                 except BrokenPipeError:
                     continue
+
+    def cut(self) -> None:
+        """End the lines that are left, whatever is at their other end."""
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()

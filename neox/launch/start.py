@@ -5,18 +5,15 @@ import subprocess
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from neox.errors import LaunchError
 from neox.launch.hostfile import Pool, hostfile_path
-from neox.launch.hosts import (
-    carried_variables,
-    chosen_hosts,
-    master_address,
-    start_command,
-    starter_of,
-    wants_launcher,
-)
+from neox.launch.hosts import chosen_hosts, start_command, starter_of, wants_launcher
 from neox.launch.local import run_local
-from neox.launch.node import NODE_RANK, SLOTS, Node, detect_node
-from neox.launch.ssh import check_reachable, remote_command, run_everywhere
+from neox.launch.node import Node, detect_node
+from neox.launch.over_ssh import RunOverSsh, largest_usable
+from neox.launch.restarts import Restarts, run_with_restarts, times_restarted
+from neox.launch.ssh import check_reachable
+from neox.launch.variables import RESTARTS
 
 if TYPE_CHECKING:
     from neox.config import Config
@@ -34,25 +31,40 @@ class Start:
         description: one line for the user.
     """
 
-    def __init__(self, config: "Config", *, workers: int) -> None:
+    def __init__(self, config: "Config", *, workers: int, restarts: Restarts | None = None) -> None:
         """Find where the ranks will run.
 
         Args:
             config: hosts and launcher of its launch section.
             workers: processes for this machine, where nothing else says how many.
+            restarts: how often they are started again; only what starts all ranks of a run does so.
 
         Raises:
-            LaunchError: the hostfile is wrong, or chooses what is not there.
+            LaunchError: the hostfile is wrong, or chooses what is not there, or its launcher cannot start again.
+            ConfigError: no number of the hosts is one that an elastic run can use.
         """
         self._config = config
         self._node: Node | None = detect_node(os.environ)
+        self._restarts = Restarts() if restarts is None or self._node is not None else restarts
         self._pool: Pool | None = None
+        self._hosts: Pool = {}
+        """Hosts of the file, of which an elastic run may use fewer."""
         if self._node is None and wants_launcher(config):
-            self._pool = chosen_hosts(config, os.environ)
+            self._choose_hosts()
         self._workers = self._node.workers(workers) if self._node else workers
         self.world_size = self._count()
         self.description = self._describe()
         """What was found, in one line; empty where there is nothing to tell."""
+
+    def _choose_hosts(self) -> None:
+        config, starter = self._config, starter_of(self._config)
+        if self._restarts.limit and starter != "ssh":
+            raise LaunchError(
+                f"max_restarts: launcher {starter} cannot start ranks again; set launcher: ssh, or max_restarts: 0"
+            )
+        self._hosts = chosen_hosts(config, os.environ)
+        is_elastic = config.reliability.elastic and starter == "ssh"
+        self._pool = largest_usable(config, self._hosts) if is_elastic else self._hosts
 
     def _count(self) -> int:
         if self._pool is not None:
@@ -71,7 +83,7 @@ class Start:
     @property
     def is_alone(self) -> bool:
         """Whether this process is to do the work by itself."""
-        return self._pool is None and self.world_size == 1
+        return self._pool is None and self.world_size == 1 and not self._restarts.limit
 
     @property
     def speaks(self) -> bool:
@@ -88,29 +100,23 @@ class Start:
             LaunchError: a host does not answer, or the launcher is not installed.
         """
         if self._pool is None:
-            return run_local(argv, workers=self._workers, environ=os.environ, node=self._node)
+            return run_with_restarts(lambda number, heard: self._run_here(argv, number, heard), self._restarts)
         starter = starter_of(self._config)
         command = start_command(self._config, self._pool, argv, os.environ) if starter != "ssh" else []
-        if starter != "slurm" and not self._config.launch.no_ssh_check:
+        leaves_out = starter == "ssh" and self._config.reliability.elastic
+        if starter != "slurm" and not self._config.launch.no_ssh_check and not leaves_out:
             check_reachable(self._pool)
         if self._config.launch.preflight and not self._is_fit():
             return EXIT_NO_GO
-        return subprocess.call(command) if command else self._run_over_ssh(self._pool, argv)
+        if command:
+            return subprocess.call(command)
+        return run_with_restarts(RunOverSsh(self._config, self._hosts, argv, os.environ).attempt, self._restarts)
+
+    def _run_here(self, argv: Sequence[str], number: int, heard: list[int]) -> int:
+        environ = os.environ | {RESTARTS: str(times_restarted(os.environ) + number)}
+        return run_local(argv, workers=self._workers, environ=environ, node=self._node, heard=heard)
 
     def _is_fit(self) -> bool:
         from neox.launch.preflight import check_hosts  # rich, for a table that few runs ask for
 
         return check_hosts(hostfile_path(self._config, os.environ), self._config)
-
-    def _run_over_ssh(self, pool: Pool, argv: Sequence[str]) -> int:
-        shared = carried_variables(os.environ) | {
-            "MASTER_ADDR": master_address(self._config, os.environ) or next(iter(pool)),
-            "MASTER_PORT": str(self._config.launch.master_port),
-            SLOTS: ",".join(str(len(slots)) for slots in pool.values()),
-        }
-        script = [os.path.abspath(argv[0]), *argv[1:]]
-        commands = {}
-        for rank, (host, slots) in enumerate(pool.items()):
-            own = {NODE_RANK: str(rank), "CUDA_VISIBLE_DEVICES": ",".join(map(str, slots))}
-            commands[host] = remote_command(["-u", *script], shared | own)
-        return run_everywhere(commands)

@@ -7,6 +7,9 @@ from neox.errors import LaunchError
 
 DEFAULT_MASTER_PORT = 29500
 
+RESTARTS = "NEOX_RESTARTS"
+"""How often a run was started again before; set for its ranks by what does so: train.py, or a batch file."""
+
 
 def integer(environ: Mapping[str, str], name: str) -> int:
     """The value of a variable as a whole number.

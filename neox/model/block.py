@@ -5,6 +5,7 @@ from torch import nn
 
 from neox.config import ModelConfig
 from neox.model.attention import PLAIN, Attention, AttentionContext
+from neox.model.experts import Experts
 from neox.model.mlp import MLP
 from neox.model.norms import build_norm
 
@@ -15,15 +16,16 @@ class TransformerBlock(nn.Module):
     Parallel (`gpt_j_residual`; Black et al. 2022, GPT-NeoX-20B, section 2.1): both branches read the same x, each
     through a norm of its own, or with `gpt_j_tied` through one (Wang & Komatsuzaki 2021, GPT-J).
     Sequential: the MLP reads the output of the attention (pre-norm, Radford et al. 2019).
+    Either way experts can stand in for the MLP.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, has_experts: bool = False) -> None:
         super().__init__()
         self.parallel_residual = config.gpt_j_residual
         self.input_layernorm = build_norm(config)
         self.post_attention_layernorm = None if config.gpt_j_tied else build_norm(config)
         self.attention = Attention(config)
-        self.mlp = MLP(config)
+        self.mlp = Experts(config) if has_experts else MLP(config)
         self.hidden_dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, x_BSD: torch.Tensor, context: AttentionContext = PLAIN) -> torch.Tensor:

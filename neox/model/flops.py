@@ -10,7 +10,8 @@ to on average:
     query_key_value   2 D Q         scores q k^T      2 A D        linear1   2 D G F
     dense             2 D D         weighted values   2 A D        linear2   2 F D
 
-and 2 D V for the head. Shared keys and values do not change the work of attention: each query head still meets
+and 2 D V for the head. In a block with E experts, of which a token goes to C, the router takes 2 D E, and linear1 and
+linear2 count C times. Shared keys and values do not change the work of attention: each query head still meets
 all its keys. A is S for full attention (what a kernel without causal skipping computes, and the usual definition
 of model FLOPs in papers) and (S + 1) / 2 for causal attention (what the model needs). Where a sliding window lets
 a query see W < S keys, its own included, they are W, and W (1 - (W - 1) / 2S). The backward pass takes two products
@@ -67,10 +68,14 @@ def flops_per_token(config: "ModelConfig", *, causal: bool) -> TokenFlops:
     hidden = config.hidden_size
     before = config.sliding_window_width
     keys = keys_per_query(config.seq_length, window=None if before is None else before + 1, causal=causal)
-    linears = 2 * hidden * (config.qkv_width + hidden + config.linear1_width + config.mlp_inner_width)
+    linears = 2 * hidden * (config.qkv_width + hidden) * config.num_layers
+    mlp = 2 * hidden * (config.linear1_width + config.mlp_inner_width)
+    with_experts = len(config.expert_layers)
+    mlps = mlp * (config.num_layers - with_experts + config.moe_top_k * with_experts)
+    routers = 2 * hidden * config.moe_num_experts * with_experts
     attention = 2 * keys * hidden + 2 * keys * hidden
     return TokenFlops(
-        blocks=float(config.num_layers * (linears + attention)),
+        blocks=float(linears + mlps + routers + config.num_layers * attention),
         head=float(2 * hidden * config.padded_vocab_size),
     )
 

@@ -13,7 +13,7 @@ from torch.nn.init import orthogonal_, xavier_normal_, xavier_uniform_
 
 from neox.config import ModelConfig
 
-OUTPUT_PROJECTIONS = ("attention.dense.weight", "mlp.linear2.weight")
+OUTPUT_PROJECTIONS = (".dense.weight", ".linear2.weight")
 """Matrices that write to the residual stream; they follow `output_layer_init_method`."""
 
 

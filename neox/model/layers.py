@@ -43,10 +43,10 @@ def layer_list(config: ModelConfig) -> list[LayerSpec]:
     def final_norm() -> nn.Module:
         return FinalNorm(config)
 
-    count = config.num_layers
+    count, with_experts = config.num_layers, config.expert_layers
     return [
         LayerSpec(EMBEDDING_INDEX, lambda: Embedding(config)),
-        *(LayerSpec(2 + i, lambda: TransformerBlock(config)) for i in range(count)),
+        *(LayerSpec(2 + i, partial(TransformerBlock, config, has_experts=i in with_experts)) for i in range(count)),
         LayerSpec(count + 3, final_norm),
         LayerSpec(count + 4, lambda: RewardHead(config) if config.has_reward_head else OutputHead(config)),
     ]

@@ -47,9 +47,9 @@ def build_activation(config: ModelConfig) -> Activation:
 class MLP(nn.Module):
     """linear2(act(linear1(x))), or gated linear2(up * act(gate)) with [up; gate] the rows of linear1."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, bias: bool = True) -> None:
         super().__init__()
-        bias = config.use_bias_in_mlp
+        bias = bias and config.use_bias_in_mlp
         self.is_gated = config.is_gated
         self.activation = build_activation(config)
         self.linear1 = nn.Linear(config.hidden_size, config.linear1_width, bias=bias)

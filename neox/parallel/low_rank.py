@@ -7,6 +7,7 @@ factor is whole on every rank. What crosses between the ranks is only `rank` num
 import torch
 
 from neox.parallel.mesh import Mesh
+from neox.parallel.regions import enter_parts, leave_parts
 from neox.parallel.splits import Column, Row, Split
 
 
@@ -26,19 +27,10 @@ def share_low_rank(h_BSR: torch.Tensor, split: Split | None, mesh: Mesh, *, sequ
     """
     if mesh.tensor_size == 1:
         return h_BSR
-    from megatron.core.tensor_parallel import mappings
-
-    group = mesh.tensor_group
     if isinstance(split, Column):
-        if not sequence_parallel:
-            return mappings.copy_to_tensor_model_parallel_region(h_BSR, group=group)
-        h_SBR = h_BSR.transpose(0, 1).contiguous()
-        return mappings.gather_from_sequence_parallel_region(h_SBR, group=group).transpose(0, 1)
+        return enter_parts(h_BSR, mesh, sequence_parallel=sequence_parallel)
     assert isinstance(split, Row), f"{split} cannot be adapted"
-    if not sequence_parallel:
-        return mappings.reduce_from_tensor_model_parallel_region(h_BSR, group=group)
-    h_SBR = h_BSR.transpose(0, 1).contiguous()
-    return mappings.reduce_scatter_to_sequence_parallel_region(h_SBR, group=group).transpose(0, 1)
+    return leave_parts(h_BSR, mesh, sequence_parallel=sequence_parallel)
 
 
 def input_is_divided(split: Split | None, mesh: Mesh, *, sequence_parallel: bool) -> bool:

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from types import ModuleType
@@ -13,6 +14,7 @@ from torch.distributed import ProcessGroup
 from neox.config import Config
 from neox.errors import LaunchError
 from neox.parallel.agreement import agree_on_software
+from neox.parallel.rendezvous import GROUP_TIMEOUT, join_world
 
 CPU = torch.device("cpu")
 
@@ -84,11 +86,15 @@ class Mesh:
         return self.data_group
 
 
-def build_mesh(config: Config, *, timeout: timedelta = timedelta(minutes=30)) -> Mesh:
+def build_mesh(config: Config, *, when_joined: Callable[[], None] | None = None) -> Mesh:
     """Join the process group that RANK, WORLD_SIZE and MASTER_ADDR describe and make the groups of the mesh.
 
     Without a GPU the library is gloo, whatever `distributed_backend` says. The configuration has
     already been checked against WORLD_SIZE.
+
+    Args:
+        config: the run.
+        when_joined: called as soon as all processes have met, before they do anything else together.
     """
     world, local_rank = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
     tensor, pipe = config.parallel.model_parallel_size, config.parallel.pipeline_stages
@@ -103,7 +109,9 @@ def build_mesh(config: Config, *, timeout: timedelta = timedelta(minutes=30)) ->
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed remarks that it found no other
     if not dist.is_initialized():
         backend = config.training.distributed_backend if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timeout)
+        join_world(backend, timedelta(seconds=config.reliability.distributed_timeout))
+        if when_joined is not None:
+            when_joined()
         agree_on_software(device)
     tensor_group, data_group = _groups(tensor, pipe)
     return Mesh(
@@ -142,7 +150,12 @@ def _groups(tensor: int, pipe: int) -> tuple[ProcessGroup | None, ProcessGroup |
     if tensor * pipe == 1:
         return None, dist.group.WORLD
     parallel_state = import_megatron()
-    parallel_state.initialize_model_parallel(tensor, pipe, create_gloo_process_groups=False)
+    parallel_state.initialize_model_parallel(
+        tensor,
+        pipe,
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=GROUP_TIMEOUT.total_seconds() / 60,
+    )
     return parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group()
 
 

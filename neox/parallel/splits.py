@@ -2,7 +2,8 @@
 
 Column splits the outputs (Shoeybi et al. 2019, "Megatron-LM", section 3), Row the inputs, Vocabulary the rows
 of the embedding and of the output projection, Heads what has one row for each head. What is not in the table is
-replicated; the bias of a Row is one replicated parameter, added after the reduction.
+replicated; the bias of a Row is one replicated parameter, added after the reduction. Each of several experts is divided
+like an MLP, and the sum of all is reduced once.
 
 A fused matrix holds several groups of rows, and a rank takes its share of each:
 
@@ -11,6 +12,7 @@ A fused matrix holds several groups of rows, and a rank takes its share of each:
     linear1            gated: all of up, then all of gate; a rank's share is [up_r; gate_r]
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -45,7 +47,12 @@ class Heads:
     """One row for each query head, divided over the ranks; parameters of one dimension are replicated."""
 
 
-Split = Column | Row | Vocabulary | Heads
+@dataclass(frozen=True)
+class Whole:
+    """Replicated; each rank finds a part of the gradient."""
+
+
+Split = Column | Row | Vocabulary | Heads | Whole
 
 SPLITS: dict[str, Split] = {
     "word_embeddings": Vocabulary(),
@@ -54,13 +61,29 @@ SPLITS: dict[str, Split] = {
     "attention.dense": Row(),
     "mlp.linear1": Column(("up", "gate")),
     "mlp.linear2": Row(),
+    "mlp.router.layer": Whole(),
+    "mlp.experts.linear1": Column(("up", "gate")),
+    "mlp.experts.linear2": Row(),
     "final_linear": Vocabulary(),
 }
 
 
+_EXPERT = re.compile(r"\bmlp\.experts\.\d+\.")
+
+
 def split_of(module_name: str) -> Split | None:
     """The split of a module inside its layer, `attention.dense` say; None if it is replicated."""
-    return SPLITS.get(module_name)
+    return SPLITS.get(of_any_expert(module_name))
+
+
+def of_any_expert(name: str) -> str:
+    """A name with no number of an expert in it: `mlp.experts.linear1` for `mlp.experts.3.linear1`."""
+    return _EXPERT.sub("mlp.experts.", name)
+
+
+def is_expert(name: str) -> bool:
+    """Whether a module, or a parameter, of this name belongs to one of several experts."""
+    return _EXPERT.search(name) is not None
 
 
 def split_dimension(parameter_name: str) -> int | None:
@@ -72,6 +95,8 @@ def split_dimension(parameter_name: str) -> int | None:
         parameter_name: canonical (`layers.2.attention.dense.weight`) or local (`attention.dense.weight`) name.
     """
     split, kind = _split_and_kind(parameter_name)
+    if isinstance(split, Whole):
+        return None
     whole_on_every_rank = {
         Column: ("lora_A",),
         Row: ("bias", "lora_B"),

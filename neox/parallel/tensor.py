@@ -15,8 +15,20 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from torch import nn
 
 from neox.parallel.mesh import Mesh
+from neox.parallel.regions import EnterParts, LeaveParts
 from neox.parallel.rng import divide_dropout
-from neox.parallel.splits import Column, Heads, Row, Split, Vocabulary, rows_allocated, split_dimension, split_of
+from neox.parallel.splits import (
+    Column,
+    Heads,
+    Row,
+    Split,
+    Vocabulary,
+    Whole,
+    is_expert,
+    rows_allocated,
+    split_dimension,
+    split_of,
+)
 from neox.parallel.vocabulary import ShardedVocabulary
 
 
@@ -103,15 +115,20 @@ def split_layer(layer: nn.Module, mesh: Mesh, *, sequence_parallel: bool, dtype:
         perform_initialization=False,
         params_dtype=dtype,
         gradient_accumulation_fusion=False,
+        deterministic_mode=torch.are_deterministic_algorithms_enabled(),
     )
     for name, module in list(layer.named_modules()):
         split = split_of(name)
         if isinstance(split, Heads):
             _divide_heads(name, module, mesh)
-        elif split is not None:
+        elif is_expert(name) and split is not None:
+            layer.set_submodule(name, _share_of_expert(module, split, mesh))
+        elif split is not None and not isinstance(split, Whole):
             layer.set_submodule(name, _parallel_twin(module, split, config, mesh))
         if getattr(module, "slopes", ()):
             _divide_slopes(module, mesh)
+        if hasattr(module, "tensor_ranks"):
+            _divide_experts(module, mesh, sequence_parallel=sequence_parallel)
     _share_vocabulary(layer, mesh, sequence_parallel=sequence_parallel)
     _divide_dropouts(layer, mesh, sequence_parallel=sequence_parallel)
 
@@ -146,6 +163,22 @@ def _divide_heads(name: str, norm: nn.Module, mesh: Mesh) -> None:
         norm.sum_over_ranks = lambda x: SumOverRanks.apply(x, mesh.tensor_group)  # type: ignore[assignment]
 
 
+def _share_of_expert(module: nn.Module, split: Split, mesh: Mesh) -> nn.Linear:
+    """A rank's share of a matrix of an expert; the collectives are around all experts together."""
+    assert isinstance(module, nn.Linear), f"{type(module).__name__} cannot be split"
+    assert module.bias is None, "experts have no biases"
+    rows, columns, size = module.out_features, module.in_features, mesh.tensor_size
+    shape = (columns // size, rows) if isinstance(split, Row) else (columns, rows // size)
+    return nn.Linear(*shape, bias=False)
+
+
+def _divide_experts(experts: nn.Module, mesh: Mesh, *, sequence_parallel: bool) -> None:
+    """Let experts take in the whole sequence and give back the sum over ranks; each rank adds its share of the loss."""
+    experts.enter = EnterParts(mesh, sequence_parallel=sequence_parallel)
+    experts.leave = LeaveParts(mesh, sequence_parallel=sequence_parallel)
+    experts.tensor_ranks = mesh.tensor_size  # type: ignore[assignment]
+
+
 def _divide_slopes(attention: nn.Module, mesh: Mesh) -> None:
     """Leave an attention the ALiBi slopes of this rank's heads."""
     slopes: tuple[float, ...] = attention.slopes  # type: ignore[assignment]
@@ -178,8 +211,9 @@ def sum_partial_gradients(layer: nn.Module, mesh: Mesh, *, sequence_parallel: bo
     """Sum over the tensor ranks the gradients of replicated parameters that each rank applies to a part only.
 
     Under sequence parallelism these are norms and row biases, which see a stretch of the sequence; always, what a norm
-    of queries and keys shares among the divided heads. The sum is a hook on the parameter, before any engine sees the
-    gradient, and so holds at every ZeRO stage and in the pipeline.
+    of queries and keys shares among the divided heads, and a router, whose weights a rank uses for parts of experts.
+    The sum is a hook on the parameter, before any engine sees the gradient, and so holds at every ZeRO stage and in
+    the pipeline.
     """
 
     def add_up(gradient: torch.Tensor) -> torch.Tensor:
@@ -190,5 +224,5 @@ def sum_partial_gradients(layer: nn.Module, mesh: Mesh, *, sequence_parallel: bo
     for name, parameter in layer.named_parameters():
         if split_dimension(name) is not None or not parameter.requires_grad:
             continue
-        if stretches or isinstance(split_of(name.rpartition(".")[0]), Heads):
+        if stretches or isinstance(split_of(name.rpartition(".")[0]), Heads | Whole):
             parameter.register_hook(add_up)

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from neox.parallel.mesh import Mesh
+from neox.parallel.regions import enter_parts
 from neox.parallel.splits import rows_allocated
 
 
@@ -49,13 +50,7 @@ class ShardedVocabulary(VocabularyRows):
 
     def enter(self, hidden_BSD: torch.Tensor) -> torch.Tensor:
         """[B, S, D] (or [B, S/T, D] under sequence parallelism) -> [B, S, D]."""
-        from megatron.core.tensor_parallel import mappings
-
-        group = self.mesh.tensor_group
-        if not self.sequence_parallel:
-            return mappings.copy_to_tensor_model_parallel_region(hidden_BSD, group=group)
-        hidden_SBD = hidden_BSD.transpose(0, 1).contiguous()
-        return mappings.gather_from_sequence_parallel_region(hidden_SBD, group=group).transpose(0, 1)
+        return enter_parts(hidden_BSD, self.mesh, sequence_parallel=self.sequence_parallel)
 
     def collect(self, logits_BSV: torch.Tensor) -> torch.Tensor:
         """Gather the logits of every rank's rows and drop the padding."""

@@ -180,7 +180,7 @@ def _evaluate(run: Run, corpus: Corpus) -> HeldOutLoss:
     model, tokenizer = load_model(config, Mesh(device=device))
     stride = max(1, config.model.seq_length // STRIDE_SHARE)
     documents = IndexedDataset(run.prefix(corpus.held_out))
-    assert documents.sizes.sum() > 0, "documents without text are never written"
+    assert documents.sizes[:].sum() > 0, "documents without text are never written"
     loss = held_out_loss(
         model,
         (documents[i] for i in range(len(documents))),

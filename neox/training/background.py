@@ -2,16 +2,13 @@
 
 import threading
 from collections.abc import Callable
-from datetime import timedelta
 
 import torch.distributed as dist
 
 from neox.checkpoint.native.store import Team
 from neox.parallel.mesh import Mesh
+from neox.parallel.rendezvous import GROUP_TIMEOUT
 from neox.training.team import team_of
-
-PATIENCE = timedelta(days=1)
-"""How long one rank may wait for another, whose disk is slow; one that has died is noticed at once."""
 
 
 class Background:
@@ -22,7 +19,7 @@ class Background:
     """
 
     def __init__(self, mesh: Mesh) -> None:
-        self._team = team_of(mesh, dist.new_group(backend="gloo", timeout=PATIENCE))
+        self._team = team_of(mesh, dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT))
         self._main_team = team_of(mesh)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None

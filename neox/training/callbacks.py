@@ -1,6 +1,5 @@
 """What happens beside training: metrics, evaluation, checkpoints, an early end."""
 
-import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping
@@ -9,7 +8,6 @@ import torch
 
 from neox.checkpoint.native.manifest import Progress
 from neox.config import Config, ModelConfig
-from neox.errors import UserError
 from neox.model.flops import TokenFlops, flops_per_token
 from neox.parallel.mesh import Mesh
 from neox.training.engine import Engine
@@ -19,6 +17,18 @@ from neox.training.metrics.throughput import Throughput, device_peak_tflops
 from neox.training.saving import Saver, is_save_point
 from neox.training.schedule import LRSchedule
 from neox.training.validation import Evaluator, evaluations_before
+from neox.watch import at_step
+
+
+class SignsOfLife:
+    """Tells the watch how far the run has come."""
+
+    def before_training(self, progress: Progress) -> None:
+        """Nothing to do: the first step, in which kernels are compiled, still belongs to the start."""
+
+    def after_step(self, step: Step) -> None:
+        """Every further step must end in time."""
+        at_step(step.progress.iteration, is_last=step.is_last)
 
 
 class Metrics:
@@ -33,44 +43,45 @@ class Metrics:
         self.mesh = mesh = engine.mesh
         self.log = log
         self.peak = config.logging.peak_theoretical_tflops or _device_peak(config, mesh)
+        self._restart()
+
+    def _restart(self) -> None:
+        """Begin the time between two reports."""
         self.losses: list[torch.Tensor] = []
         self.figures: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
         self.samples: Counter[int] = Counter()
-        self.skipped = 0
+        self.updated: list[int] = []
         self.since = time.perf_counter()
 
     def before_training(self, progress: Progress) -> None:
         """Start the clock."""
-        self.since = time.perf_counter()
+        self._restart()
         self.log.progress(progress.iteration)
 
     def after_step(self, step: Step) -> None:
         """Keep the loss; report when due."""
+        if not step.skipped:
+            self.updated.append(len(self.losses))
         self.losses.append(step.loss)
         for name, value in step.figures.items():
             self.figures[name].append(value)
         self.samples[step.length] += step.samples
-        self.skipped += step.skipped
         iteration = step.progress.iteration
         if iteration % self.config.logging.log_interval and not step.is_last:
             self.log.progress(iteration)
             return
         self.log.log(iteration, self._report(step))
         self.log.progress(iteration)
-        self.losses, self.skipped, self.since = [], 0, time.perf_counter()
-        self.samples.clear()
-        self.figures.clear()
+        self._restart()
 
     def _report(self, step: Step) -> dict[str, float]:
-        losses = torch.stack(self.losses)
-        loss = float(losses.mean())
         figures = {
-            "train/lm_loss": loss,
+            "train/lm_loss": self._mean(self.losses),
             "train/learning_rate": step.learning_rate,
-            "train/skipped_iterations": self.skipped,
+            "train/skipped_iterations": len(self.losses) - len(self.updated),
         }
-        figures |= {f"train/{name}": float(torch.stack(values).mean()) for name, values in self.figures.items()}
-        figures["train/nan_iterations"] = int(losses.isnan().sum())
+        figures |= {f"train/{name}": self._mean(values) for name, values in self.figures.items()}
+        figures["train/nan_iterations"] = int(torch.stack(self.losses).isnan().sum())
         if self.config.batch.rampup_batch_size is not None:
             figures["train/batch_size"] = step.samples
         if (self.config.training.curriculum_learning or {}).get("enabled"):
@@ -79,12 +90,11 @@ class Metrics:
             figures["train/grad_norm"] = float(step.gradient_norm)
         if self.config.model.precision == "fp16":
             figures["train/loss_scale"] = float(self.engine.loss_scale or 0.0)
-        elif math.isnan(loss):
-            raise UserError(
-                f"iteration {step.progress.iteration}: the loss is not a number; resume from the last checkpoint "
-                "with a lower learning rate or a smaller gradient_clipping"
-            )
         return figures | self._speed().metrics()
+
+    def _mean(self, values: list[torch.Tensor]) -> float:
+        """Over the steps that updated the weights; over all where none did."""
+        return float(torch.stack([values[step] for step in self.updated] or values).mean())
 
     def _speed(self) -> Throughput:
         return Throughput(

@@ -12,26 +12,31 @@ from neox.training.state import restore
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-def resume_run(engine: Engine, reader: RunReader) -> Progress:
-    """Put a checkpoint's state into an engine that was built from its weights, and the dropout stream where it was."""
+def resume_run(engine: Engine, reader: RunReader, *, whole: bool = False) -> Progress:
+    """Put a checkpoint's state into an engine that has its weights, and the dropout stream where it was.
+
+    Args:
+        engine: without a state of its optimizer.
+        reader: the checkpoint.
+        whole: take everything up, whatever `no_load_optim` and `no_load_rng` say, which are about `load`.
+    """
     config = engine.config
-    restore(engine, reader, with_optimizer=not config.checkpoint.no_load_optim)
+    restore(engine, reader, with_optimizer=whole or not config.checkpoint.no_load_optim)
     progress = reader.manifest.progress
-    if progress.loss_scaler and config.model.precision == "fp16":
-        _set_scaler_state(engine, progress.loss_scaler)
+    set_scaler_state(engine, progress.loss_scaler)
     check_forward(engine, reader)
-    restore_dropout_stream(config, engine.mesh, reader)
+    restore_dropout_stream(config, engine.mesh, reader, whole=whole)
     return progress
 
 
-def restore_dropout_stream(config: Config, mesh: Mesh, reader: RunReader) -> None:
+def restore_dropout_stream(config: Config, mesh: Mesh, reader: RunReader, *, whole: bool = False) -> None:
     """Continue each rank's stream exactly where the layout is the one that saved it; start new ones where it is not.
 
     A new stream is seeded by (seed, iteration, stage, data rank), so no numbers are drawn twice.
     """
     key = f"rng/{mesh.rank}"
     same_layout = reader.manifest.layout == layout_of(config, mesh)
-    if same_layout and key in reader and not config.checkpoint.no_load_rng:
+    if same_layout and key in reader and (whole or not config.checkpoint.no_load_rng):
         set_rng_state(reader.tensor(key), mesh.device)
     else:
         seed_dropout(config.training.seed, mesh, step=reader.manifest.progress.iteration)
@@ -47,8 +52,10 @@ def layout_of(config: Config, mesh: Mesh) -> Layout:
     )
 
 
-def _set_scaler_state(engine: Engine, state: dict[str, float]) -> None:
+def set_scaler_state(engine: Engine, state: dict[str, float]) -> None:
     """Let a scale that moves go on; a fixed one (`fp16.loss_scale`) is what the configuration says."""
+    if engine.config.model.precision != "fp16":
+        return
     scaler = engine.deepspeed.optimizer.loss_scaler
     for field, value in state.items() if scaler.dynamic else ():
         setattr(scaler, field, value)

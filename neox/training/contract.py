@@ -9,11 +9,12 @@ from neox.checkpoint.runs import RunReader
 from neox.config import Config, config_from_dict, named_datasets
 from neox.config.schema import places
 from neox.errors import ConfigError
+from neox.training.origin import Origin
 from neox.training.provenance import provenance
 
 _UNTOLD_SECTIONS = ("logging", "generation", "evaluation", "launch")
 _UNTOLD = (
-    *("load", "save", "iteration", "padded_vocab_size"),
+    *("load", "load_fallback", "finetune", "no_load_optim", "no_load_rng", "save", "iteration", "padded_vocab_size"),
     *("pipe_parallel_size", "model_parallel_size", "zero_optimization.stage"),
 )
 """Keys without influence on what is computed, those that the line on the layout tells, and one that must be equal."""
@@ -24,6 +25,19 @@ _ORDER = (
 """Keys that the order of samples is drawn from, beside the data and the number of samples."""
 _AMOUNT = ("train_iters", "train_epochs", "train_batch_size")
 _NONE = "not set"
+
+
+def told(config: Config, origin: Origin | None) -> Iterator[str]:
+    """What a run should say of where it starts.
+
+    Args:
+        config: what is asked for, with its number of processes.
+        origin: the checkpoint that it starts from, None where there is none.
+    """
+    if origin is not None:
+        yield from contract(config, origin.run) if origin.run else filter(None, [origin.remark])
+    elif config.checkpoint.load is not None:
+        yield f"load {config.checkpoint.load}: no checkpoint there yet, starting from fresh weights"
 
 
 def contract(config: Config, run: RunReader) -> list[str]:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from neox.config import Config, deepspeed_dict
+from neox.model.experts import Experts
 from neox.parallel.mesh import Mesh
 from neox.training.batches import GlobalBatch
 from neox.training.objectives.objective import Figures, NextToken, Objective
@@ -42,12 +43,23 @@ class Engine(ABC):
     def evaluate(self, batch: GlobalBatch) -> torch.Tensor:
         """Mean loss over all micro-batches of all ranks without an update, fp32 scalar on the device."""
 
+    @abstractmethod
+    def loss_before_update(self) -> torch.Tensor | None:
+        """Mean loss of this rank's micro-batches, when all gradients of a step are there; None where it is not known.
+
+        Where several ranks know it, the loss of the step is the mean of theirs.
+        """
+
     def accumulate(self, micro_batches: int) -> None:
         """Make the next update out of this many micro-batches."""
         engine = self.deepspeed
         if micro_batches != engine.gradient_accumulation_steps():
             engine.set_train_batch_size(micro_batches * engine.train_micro_batch_size_per_gpu() * self.mesh.data_size)
             engine.micro_steps = 0  # DeepSpeed updates where this is a multiple of the number of micro-batches
+        scale = (self.loss_scale or 1.0) / micro_batches
+        for module in engine.module.modules():
+            if isinstance(module, Experts):
+                module.loss_scale = scale
 
     def watch_gradients(self, watcher: Callable[[], None]) -> None:
         """Call `watcher` in every step, when its gradients are complete and neither clipped nor used."""
@@ -72,7 +84,7 @@ class Engine(ABC):
 
     @property
     def skipped_last_step(self) -> bool:
-        """Whether the last update was dropped because half-precision gradients were not finite."""
+        """Whether the last update was left out: its gradients were not finite, or a guard said so."""
         return bool(getattr(self.deepspeed.optimizer, "overflow", False))
 
     @property
@@ -122,13 +134,13 @@ def join_deepspeed() -> None:
     """Let DeepSpeed use the process group that is already there; call before anything of it is built.
 
     It is told to print warnings only, and that its CPU collective cannot be had: that is an extension it would
-    compile at start, and gloo does the work.
+    compile at start, and gloo does the work. The list is made here, as DeepSpeed would try compilers to make it.
     """
     import deepspeed
     import deepspeed.ops
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     deepspeed.init_distributed(dist_init_required=False)
 
 

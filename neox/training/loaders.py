@@ -9,12 +9,19 @@ from neox.data import BatchLoader
 from neox.data.blending import SampleSource
 from neox.data.loader import Batch, stack_samples
 from neox.data.online import OnlineDataset
+from neox.data.order import Ranges
 from neox.errors import DataError
 from neox.parallel.mesh import Mesh
 
 
 def micro_batches(
-    dataset: SampleSource | OnlineDataset, config: Config, mesh: Mesh, *, start: int = 0, num_workers: int = 0
+    dataset: SampleSource | OnlineDataset,
+    config: Config,
+    mesh: Mesh,
+    *,
+    start: int = 0,
+    left_out: Ranges = (),
+    num_workers: int = 0,
 ) -> Iterator[Batch]:
     """Micro-batches for this data-parallel rank, without end.
 
@@ -23,6 +30,7 @@ def micro_batches(
         config: the run.
         mesh: this rank's place.
         start: samples consumed so far over all ranks; a server knows no such thing.
+        left_out: ranges of the order that are passed over.
         num_workers: processes that read files ahead.
     """
     size = config.batch.train_micro_batch_size_per_gpu
@@ -34,6 +42,7 @@ def micro_batches(
         dp_rank=mesh.data_rank,
         dp_size=mesh.data_size,
         start=start,
+        left_out=left_out,
         num_workers=num_workers,
     )
 

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 
 from neox.checkpoint.native.manifest import Progress
+from neox.data.order import advance
 from neox.training.batches import BatchMaker
 from neox.training.engine import Engine
 from neox.training.objectives.objective import Figures
@@ -22,7 +23,7 @@ class Step:
         loss: mean loss of the step, fp32 scalar on the device: reading it waits for the device.
         learning_rate: rate the update used.
         gradient_norm: L2 norm before clipping, where the engine has it.
-        skipped: whether fp16 overflow dropped the update.
+        skipped: whether the update was left out, by fp16 overflow or a guard.
         samples: sequences it trained on, over all data-parallel ranks.
         length: tokens of each.
         is_last: whether this process ends after it.
@@ -54,7 +55,7 @@ class Ending(Protocol):
     """What may end a run before its last iteration."""
 
     def is_due(self, progress: Progress) -> bool:
-        """Whether to end after the step that led to `progress`; the same on all ranks, which all ask after each."""
+        """Whether to end at `progress`; the same on all ranks, which all ask before the first step and after each."""
 
 
 class Endless:
@@ -63,6 +64,21 @@ class Endless:
     def is_due(self, progress: Progress) -> bool:
         """Never."""
         return False
+
+
+class Memory(Protocol):
+    """What a run remembers of its steps beside how many there were."""
+
+    def remember(self, before: Progress, after: Progress) -> Progress:
+        """Add to `after`, where the run stands after a step from `before`, what that step brought."""
+
+
+class Forgetful:
+    """Nothing is remembered."""
+
+    def remember(self, before: Progress, after: Progress) -> Progress:
+        """See Memory."""
+        return after
 
 
 class Rewind(Exception):
@@ -91,6 +107,7 @@ class Run:
         schedule: learning rates.
         iterations: where to stop.
         ending: what may stop it before that.
+        memory: what goes into checkpoints beside.
     """
 
     engine: Engine
@@ -99,6 +116,7 @@ class Run:
     schedule: LRSchedule
     iterations: int
     ending: Ending = field(default_factory=Endless)
+    memory: Memory = field(default_factory=Forgetful)
 
 
 def training_loop(run: Run, progress: Progress, callbacks: Sequence[Callback]) -> Progress:
@@ -109,19 +127,20 @@ def training_loop(run: Run, progress: Progress, callbacks: Sequence[Callback]) -
     """
     for callback in callbacks:
         callback.before_training(progress)
-    is_last = progress.iteration >= run.iterations
+    is_last = run.ending.is_due(progress) or progress.iteration >= run.iterations
     while not is_last:
         batch = run.batches.for_step(run.loader, progress)
         learning_rate = run.schedule.lr_at(progress.schedule_step)
         run.engine.set_learning_rate(learning_rate, run.schedule.betas_at(progress.schedule_step))
         loss = run.engine.train_step(batch)
         skipped = run.engine.skipped_last_step
-        progress = replace(
+        after = replace(
             progress,
             iteration=progress.iteration + 1,
-            consumed_samples=progress.consumed_samples + batch.samples,
+            consumed_samples=advance(progress.consumed_samples, batch.samples, progress.left_out),
             schedule_step=progress.schedule_step + (not skipped),
         )
+        progress = run.memory.remember(progress, after)
         is_last = run.ending.is_due(progress) or progress.iteration >= run.iterations
         step = Step(
             progress,

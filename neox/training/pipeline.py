@@ -53,6 +53,11 @@ class PipelineEngine(Engine):
         self._expect(batch)
         return self.deepspeed.train_batch(data_iter=batch.pipeline_items())
 
+    def loss_before_update(self) -> torch.Tensor | None:
+        """See Engine; only the last stage computes one."""
+        engine = self.deepspeed
+        return engine.total_loss / engine.gradient_accumulation_steps() if engine.is_last_stage() else None
+
     def evaluate(self, batch: GlobalBatch) -> torch.Tensor:
         """See Engine."""
         count = len(batch.micro_batches)

@@ -8,6 +8,7 @@ from neox.config import Config, deepspeed_dict
 from neox.model.build import WeightSource, layer_builder
 from neox.model.layers import Decoder, layer_list
 from neox.parallel.mesh import Mesh
+from neox.pulse import pulse
 from neox.training.batches import GlobalBatch
 from neox.training.compilation import compile_blocks
 from neox.training.deepspeed_settings import check_settings
@@ -34,6 +35,7 @@ class PlainEngine(Engine):
             # DeepSpeed would copy every gradient into a flat buffer and back, for nobody.
             self.deepspeed.enable_backward_allreduce = False
         self._norm: torch.Tensor | None = None
+        self._losses: list[torch.Tensor] = []
 
     def _build(self, source: WeightSource) -> Decoder:
         """Make each layer, divided over tensor ranks and at ZeRO 3 over data ranks; then recompute and compile."""
@@ -59,19 +61,24 @@ class PlainEngine(Engine):
         engine = self.deepspeed
         engine.train()
         self.accumulate(len(batch.micro_batches))
-        losses, figures = [], []
+        self._losses, figures = [], []
         for inputs in batch.micro_batches:
+            pulse()
             loss, measured = self.objective(engine, inputs)
+            self._losses.append(loss.detach())
             engine.backward(loss)
             if engine.is_gradient_accumulation_boundary():
                 self.gradients_complete()
                 if self.stage == 0:
                     self._clip_gradients()
             engine.step()
-            losses.append(loss.detach())
             figures.append(measured)
         self.figures = mean_figures(figures, self.mesh)
-        return mean_over_data(torch.stack(losses).mean(), self.mesh)
+        return mean_over_data(torch.stack(self._losses).mean(), self.mesh)
+
+    def loss_before_update(self) -> torch.Tensor:
+        """See Engine."""
+        return torch.stack(self._losses).mean()
 
     def evaluate(self, batch: GlobalBatch) -> torch.Tensor:
         """See Engine."""

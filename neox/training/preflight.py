@@ -1,5 +1,6 @@
 """What can be found wrong before any worker starts."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ from neox.errors import ConfigError
 from neox.launch.hosts import has_hostfile
 from neox.model.build import meta_decoder
 from neox.model.head import is_reward_head
-from neox.training.contract import contract
+from neox.patience import Patience
 from neox.training.deepspeed_settings import check_settings
 from neox.training.objectives.build import check_objective
 from neox.training.origin import load_folder, origin_of
+from neox.training.resumption import expected
 from neox.training.run import agreed_schedule, cuda_device_count, with_iterations
 from neox.training.uploads import check_store
 
@@ -45,26 +47,26 @@ def prepare(config: Config) -> Config:
     config = settle_vocabulary(config)
     _open_data(config)
     check_store(config.checkpoint)
+    _check_origin(expected(config, os.environ))
+    return config
+
+
+def _check_origin(config: Config) -> None:
+    """Open what the run starts from, and see that it fits."""
     origin = origin_of(config)
     check_objective(config, origin)
     if origin is not None:
         agreed_schedule(with_iterations(config), origin.run)
         _check_vocabulary(config, origin.weights)
         check_shapes(config, origin.weights)
-    return config
 
 
 def remarks(config: Config) -> Iterator[str]:
     """Lines that whoever starts a run should read once, with the configuration's own notices.
 
-    Made when they are asked for: ranks that print nothing need not open the checkpoint for them.
+    What it starts from is told by the ranks, who agree on it (`neox.training.resumption`).
     """
     yield from config.notices
-    origin = origin_of(config)
-    if origin is not None:
-        yield from contract(config, origin.run) if origin.run else filter(None, [origin.remark])
-    elif config.checkpoint.load is not None:
-        yield f"load {config.checkpoint.load}: no checkpoint there yet, starting from fresh weights"
     if config.launch.hostfile is not None and not has_hostfile(config):
         yield f"hostfile {config.launch.hostfile}: no such file, starting on this machine alone"
     if config.evaluation.eval_tasks:
@@ -104,7 +106,7 @@ def settle_vocabulary(config: Config) -> Config:
     """Fix the softmax's size: the configuration's, the checkpoint's, or the tokenizer's padded as upstream does."""
     if config.model.padded_vocab_size is not None:
         return config
-    folder = load_folder(config)
+    folder = load_folder(expected(config, os.environ))
     if folder is not None:
         return config.with_vocabulary(open_checkpoint(folder).padded_vocab_size)
     tokenizer = build_tokenizer(config.tokenizer)
@@ -131,7 +133,7 @@ def _open_data(config: Config) -> None:
     paths = [getattr(data, f"{split}{kind}_data_paths") for split in SPLITS for kind in ("", "_label")]
     for prefix in [data.data_path, *(path for given in paths for path in given or ())]:
         if prefix:
-            IndexedDataset(prefix, data_impl=data.data_impl)
+            IndexedDataset(prefix, data_impl=data.data_impl, patience=Patience(config.reliability.retry_time))
     for split in SPLITS if config.preference.is_on and config.comparison.dataset_impl != "online" else ():
         completion_sources(config, split)
     if config.data.eod_mask_loss or config.data.document_masking or config.training.char_level_ppl:

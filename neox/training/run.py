@@ -11,64 +11,98 @@ from neox.config import Config
 from neox.config.ramp import BatchRamp
 from neox.data import Coordinator, DatasetSplits, build_datasets, build_tokenizer, train_iters_for_epochs
 from neox.data.loader import Batch
+from neox.data.order import Ranges
 from neox.model.build import WeightSource
 from neox.parallel.mesh import Mesh, build_mesh
 from neox.parallel.rng import seed_dropout
 from neox.training.batches import BatchMaker
-from neox.training.callbacks import Checkpoints, Evaluation, Metrics
+from neox.training.callbacks import Checkpoints, Evaluation, Metrics, SignsOfLife
 from neox.training.checkpoints import resume_run
+from neox.training.contract import told
 from neox.training.curriculum import curriculum_of
+from neox.training.determinism import determinism
+from neox.training.ending import EarlyEnd, Outcome
 from neox.training.engine import Engine
+from neox.training.guards.guard import Guards
+from neox.training.guards.left_out import LeftOut
+from neox.training.guards.record import SkipLog
+from neox.training.guards.rewind import Rewinder
 from neox.training.loaders import micro_batches
-from neox.training.loop import Callback, Run, training_loop
+from neox.training.logs.files import NoteStep
+from neox.training.logs.output import logged_output
+from neox.training.loop import Callback, Run
 from neox.training.metrics.loggers import MetricLog
 from neox.training.metrics.monitors import monitors
 from neox.training.metrics.profiling import profilers
-from neox.training.metrics.tee import copied_output
 from neox.training.objectives.batches import ScoredBatchMaker
 from neox.training.objectives.build import build_objective, with_fresh_reward_head
 from neox.training.objectives.objective import Objective
 from neox.training.origin import origin_of, weights_of
 from neox.training.plain import PlainEngine
+from neox.training.record import keep_record
+from neox.training.replicas import comparisons
+from neox.training.resumption import agree_on_origin
 from neox.training.schedule import LRSchedule
-from neox.training.team import thorough_check
+from neox.training.signals import Signals, noted_signals
+from neox.training.stragglers import naming_stragglers
+from neox.training.team import tell, thorough_check
 from neox.training.validation import Evaluator
+from neox.watch import watched
 
 
-def train(config: Config) -> Progress:
+def train(config: Config) -> Outcome:
     """Train as configured; RANK, WORLD_SIZE and the rest of torch's variables say which worker this is.
 
     Returns:
-        Where the run stands at its end.
+        Where the run stands at its end, and the exit status that says so.
     """
-    with copied_output(config.logging.log_dir):
-        progress = _train(config, build_mesh(config))
-    # Only on success: with NCCL, leaving the group while others wait in it would hang the rank that failed.
-    dist.destroy_process_group()
-    return progress
+    with (
+        noted_signals() as signals,
+        logged_output(config),
+        watched(config) as watch,
+        determinism(config),
+    ):
+        outcome = _train(config, build_mesh(config, when_joined=watch.begin), signals)
+        # Only on success: with NCCL, leaving the group while others wait in it would hang the rank that failed.
+        dist.destroy_process_group()
+    return outcome
 
 
-def _train(config: Config, mesh: Mesh) -> Progress:
+def _train(config: Config, mesh: Mesh, signals: Signals) -> Outcome:
+    config = agree_on_origin(config, mesh)
     data = build_datasets(config, _coordinator(mesh), data_rank=mesh.data_rank)
     config = with_iterations(config)
     seed_dropout(config.training.seed, mesh)
     engine, progress, schedule = start_or_resume(config, mesh)
+    keep_record(config, mesh, progress)
     batches = batch_maker(config, mesh)
     tokenizer = build_tokenizer(config.tokenizer) if config.training.char_level_ppl else None
     last = last_iteration(config, progress.iteration)
+    ending = None
     with MetricLog.from_config(config, rank=mesh.rank) as log:
         if config.training.do_train and data.train is not None:
-            callbacks: list[Callback] = [Metrics(engine, log)]
+            left_out = LeftOut(config, mesh)
+            progress = left_out.begin(progress)
+            guards = Guards(engine, left_out, SkipLog(config, mesh, data.train))
+            callbacks: list[Callback] = [NoteStep(), SignsOfLife(), Metrics(engine, log), guards]
             if data.valid is not None and config.training.do_valid:
                 callbacks.append(Evaluation(Evaluator(engine, data.valid, batches, tokenizer), log))
             callbacks += monitors(engine, log, last_iteration=last) + profilers(engine, log, last_iteration=last)
-            callbacks.append(Checkpoints(engine, schedule, last_iteration=last))
-            loader = train_loader(config, mesh, data, progress.consumed_samples)
-            progress = training_loop(Run(engine, loader, batches, schedule, last), progress, callbacks)
+            checkpoints = Checkpoints(engine, schedule, last_iteration=last)
+            ending = EarlyEnd(config, mesh, signals, longest_save=lambda: checkpoints.saver.longest)
+            callbacks += [*comparisons(engine), checkpoints, ending]
+            callbacks = list(naming_stragglers(engine, log, callbacks))
+
+            def loader_from(there: Progress) -> Iterator[Batch]:
+                return train_loader(config, mesh, data, there.consumed_samples, there.left_out)
+
+            run = Run(engine, loader_from(progress), batches, schedule, last, ending, guards)
+            progress = Rewinder(engine, guards, checkpoints.saver, log, loader_from).train(run, progress, callbacks)
+            checkpoints.saver.finish()
         if data.test is not None and config.training.do_test and progress.iteration == config.training.train_iters:
             figures = Evaluator(engine, data.test, batches, tokenizer).run(0)
             log.log(progress.iteration, {f"test/{name}": value for name, value in figures.items()})
-    return progress
+    return Outcome(progress, status=ending.conclude(progress) if ending is not None else 0)
 
 
 def with_iterations(config: Config) -> Config:
@@ -85,6 +119,8 @@ def start_or_resume(config: Config, mesh: Mesh) -> tuple[Engine, Progress, LRSch
         CheckpointError: if `load` cannot be used as asked.
     """
     origin = origin_of(config, thorough_check(mesh))
+    for line in told(config, origin) if mesh.rank == 0 else ():
+        tell(mesh, line)
     run = origin.run if origin else None
     schedule = agreed_schedule(config, run)
     weights = with_fresh_reward_head(weights_of(origin, config), config, origin)
@@ -135,10 +171,13 @@ def batch_maker(config: Config, mesh: Mesh) -> BatchMaker:
     )
 
 
-def train_loader(config: Config, mesh: Mesh, data: DatasetSplits, consumed: int) -> Iterator[Batch]:
-    """Micro-batches of this data-parallel rank from the first sample not yet consumed."""
+def train_loader(
+    config: Config, mesh: Mesh, data: DatasetSplits, consumed: int, left_out: Ranges = ()
+) -> Iterator[Batch]:
+    """Micro-batches of this data-parallel rank from the first sample not yet consumed, without ranges of the order."""
     assert data.train is not None, "there are training data"
-    return micro_batches(data.train, config, mesh, start=consumed, num_workers=config.data.num_workers)
+    workers = config.data.num_workers
+    return micro_batches(data.train, config, mesh, start=consumed, left_out=left_out, num_workers=workers)
 
 
 def last_iteration(config: Config, start: int) -> int:

@@ -1,18 +1,20 @@
 """When a run is saved, and saving it."""
 
-from collections import deque
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from neox.checkpoint.conversion.export import export_beside
+from neox.checkpoint.native.again import write_patiently
 from neox.checkpoint.native.commit import prune_checkpoints
 from neox.checkpoint.native.manifest import Manifest, Progress
 from neox.checkpoint.native.store import StoredTensor, Team, write_checkpoint
 from neox.config import Config
 from neox.parallel.rng import rng_state
+from neox.patience import Patience
 from neox.training.background import Background
 from neox.training.checkpoints import SCALER_FIELDS, layout_of
 from neox.training.engine import Engine
@@ -22,6 +24,7 @@ from neox.training.schedule import LRSchedule
 from neox.training.state import optimizer_step, owned_tensors
 from neox.training.team import team_of, tell
 from neox.training.uploads import Uploads
+from neox.watch import phase
 
 
 class Saver:
@@ -38,62 +41,73 @@ class Saver:
         self._uploads = Uploads(settings) if settings.save is not None and settings.s3_path is not None else None
         in_background = settings.save is not None and settings.async_save
         self._background = Background(engine.mesh) if in_background else None
+        self.newest: int | None = None
+        """Iteration of the checkpoint written last; None before the first."""
+        self.longest: float | None = None
+        """Seconds that writing a checkpoint took at most; None before the first."""
 
+    @phase("saving")
     def save(self, progress: Progress) -> None:
         """Write a checkpoint of the whole run; a collective over all ranks.
 
         Raises:
             CheckpointError: on every rank, if one could not write this checkpoint, or the one before it.
         """
-        if self._background is None:
-            tensors = _stored(self.engine)
-            self._write(tensors, _manifest(self.engine, progress, self.schedule), team_of(self.engine.mesh))
-            return
-        self._background.wait()
+        if self._background is not None:
+            self._background.wait()
         manifest = _manifest(self.engine, progress, self.schedule)
-        copies = deque(_stored(self.engine))
-        self._background.start(lambda team: self._write(_given_away(copies), manifest, team))
+        if self._background is None:
+            self._write(lambda: _stored(self.engine), manifest, team_of(self.engine.mesh))
+            return
+        copies = list(_stored(self.engine))
+        self._background.start(lambda team: self._write(lambda: iter(copies), manifest, team))
 
     def look(self) -> None:
         """Raise on all ranks if what is written in the background has failed. A collective."""
         if self._background is not None:
             self._background.look()
 
+    @phase("saving")
     def finish(self) -> None:
         """Wait for what is written in the background; raises if that fails."""
         if self._background is not None:
             self._background.wait()
 
-    def _write(self, tensors: Iterator[StoredTensor], manifest: Manifest, team: Team) -> None:
+    def _write(self, tensors: Callable[[], Iterator[StoredTensor]], manifest: Manifest, team: Team) -> None:
         config, mesh = self.engine.config, self.engine.mesh
         settings = config.checkpoint
         assert settings.save is not None, "saving was asked for"
-        folder = write_checkpoint(
-            Path(settings.save),
-            iteration=manifest.progress.iteration,
-            tensors=tensors,
-            manifest=manifest,
-            configs=config.files,
+        begun = time.monotonic()
+        root = Path(settings.save)
+        folder = write_patiently(
+            lambda: write_checkpoint(
+                root,
+                iteration=manifest.progress.iteration,
+                tensors=tensors(),
+                manifest=manifest,
+                configs=config.files,
+                team=team,
+                add=partial(export_beside, config=config) if settings.save_hf else None,
+            ),
+            root,
             team=team,
-            add=partial(export_beside, config=config) if settings.save_hf else None,
+            patience=Patience(config.reliability.retry_time),
+            keep=settings.keep_last_n_checkpoints,
+            tell=partial(tell, mesh),
         )
         warning = self._uploads.upload(folder, team) if self._uploads is not None else None
         if warning is not None:
             tell(mesh, warning)
         if settings.keep_last_n_checkpoints and mesh.rank == 0:
             prune_checkpoints(folder.parent, settings.keep_last_n_checkpoints)
-
-
-def _given_away(copies: deque[StoredTensor]) -> Iterator[StoredTensor]:
-    """Each is gone from memory when it has been written."""
-    while copies:
-        yield copies.popleft()
+        self.newest = manifest.progress.iteration
+        self.longest = max(self.longest or 0.0, time.monotonic() - begun)
 
 
 def _manifest(engine: Engine, progress: Progress, schedule: LRSchedule) -> Manifest:
     """Everything but the tensors; a collective where forward losses are asked for."""
     config, mesh = engine.config, engine.mesh
-    progress = replace(progress, optimizer_step=optimizer_step(engine), loss_scaler=_scaler_state(engine))
+    progress = replace(progress, optimizer_step=optimizer_step(engine), loss_scaler=scaler_state(engine))
     assert config.model.padded_vocab_size is not None, "the vocabulary was resolved before the model was built"
     return Manifest(
         progress=progress,
@@ -145,7 +159,8 @@ def is_save_point(config: Config, iteration: int) -> bool:
     return int(factor**power) == iteration
 
 
-def _scaler_state(engine: Engine) -> dict[str, float]:
+def scaler_state(engine: Engine) -> dict[str, float]:
+    """State of fp16's dynamic loss scale; empty in other precisions."""
     if engine.config.model.precision != "fp16":
         return {}
     scaler = engine.deepspeed.optimizer.loss_scaler

@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 
 from neox.checkpoint.native.store import StoredTensor
 from neox.checkpoint.runs import MASTER, RunReader
+from neox.model.build import WeightSource
 from neox.parallel.splits import join_shards, split_dimension, take_shard
 from neox.training.engine import Engine
 from neox.training.optimizers.build import state_names
@@ -52,7 +53,7 @@ def _owned(engine: Engine, *, with_optimizer: bool) -> Iterator[StoredTensor]:
             value = _whole(engine, name, parameter, local_state(engine, parameter, state), keep=mine)
             if value is not None:
                 yield StoredTensor("optimizer", f"{name}/{state}", value)
-        for dimension, vector in enumerate(_accumulators(engine, name)):
+        for dimension, vector in enumerate(accumulators(engine, name)):
             value = _whole(engine, name, parameter, vector, keep=mine, dimension=dimension)
             if value is not None:
                 yield StoredTensor("optimizer", f"{name}/accumulator_{dimension}", value)
@@ -126,7 +127,7 @@ def _local_shape(parameter: nn.Parameter) -> torch.Size:
     return parameter.ds_shape if hasattr(parameter, "ds_shape") else parameter.shape  # type: ignore[return-value]
 
 
-def _base_optimizer(engine: Engine) -> torch.optim.Optimizer:
+def base_optimizer(engine: Engine) -> torch.optim.Optimizer:
     """The torch optimizer below DeepSpeed's."""
     optimizer = engine.deepspeed.optimizer
     return optimizer if engine.config.parallel.zero_stage == 0 else optimizer.optimizer
@@ -139,14 +140,14 @@ def moment_names(engine: Engine) -> list[str]:
 
 def moments_of(engine: Engine, name: str) -> tuple[str, ...]:
     """What the optimizer keeps for each element of this parameter; nothing before its first step."""
-    has_stepped = any(_base_optimizer(engine).state.values())
+    has_stepped = any(base_optimizer(engine).state.values())
     return state_names(engine.config.optimizer, name) if has_stepped else ()
 
 
 @contextmanager
 def plain_moments(engine: Engine) -> Iterator[None]:
     """Have the moments where `local_state` finds them, in fp32 even where the optimizer packs them in 8 bits."""
-    base = _base_optimizer(engine)
+    base = base_optimizer(engine)
     is_packed = engine.config.optimizer.type == "adam8bit"
     if is_packed:
         base.unpack()  # type: ignore[attr-defined]
@@ -160,9 +161,9 @@ def plain_moments(engine: Engine) -> Iterator[None]:
             link_states(engine)
 
 
-def _accumulators(engine: Engine, name: str) -> list[torch.Tensor]:
+def accumulators(engine: Engine, name: str) -> list[torch.Tensor]:
     """SM3's, by dimension; each has the shape of the parameter's shard with 1 for every dimension but its own."""
-    base = _base_optimizer(engine)
+    base = base_optimizer(engine)
     if not isinstance(base, SM3):
         return []
     vectors = base.accumulators[name]
@@ -171,7 +172,7 @@ def _accumulators(engine: Engine, name: str) -> list[torch.Tensor]:
 
 def optimizer_step(engine: Engine) -> int:
     """Adam's step count; 0 for optimizers without one."""
-    for state in _base_optimizer(engine).state.values():
+    for state in base_optimizer(engine).state.values():
         if "step" in state:
             return int(state["step"])
     return 0
@@ -194,7 +195,7 @@ def restore(engine: Engine, reader: RunReader, *, with_optimizer: bool) -> None:
                 _set_state(engine, parameter, state, _share(engine, name, parameter, reader.tensor(f"{name}/{state}")))
         _restore_accumulators(engine, reader)
         if engine.config.optimizer.type == "adam8bit":
-            _base_optimizer(engine).pack()  # type: ignore[attr-defined]
+            base_optimizer(engine).pack()  # type: ignore[attr-defined]
             link_states(engine)
 
 
@@ -216,7 +217,7 @@ def _held(engine: Engine) -> dict[str, nn.Parameter]:
 def _restore_accumulators(engine: Engine, reader: RunReader) -> None:
     """SM3's, which every rank has of every parameter."""
     for name, parameter in trainable(engine).items():
-        for dimension, vector in enumerate(_accumulators(engine, name)):
+        for dimension, vector in enumerate(accumulators(engine, name)):
             whole = reader.tensor(f"{name}/accumulator_{dimension}")
             vector.copy_(_share(engine, name, parameter, whole) if dimension == split_dimension(name) else whole)
 
@@ -253,7 +254,7 @@ def _padded_part(parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
 
 def _allocate_states(engine: Engine, step: int) -> None:
     """Give the optimizer the tensors it would make at its first step, so that they can be filled."""
-    base, settings = _base_optimizer(engine), engine.config.optimizer
+    base, settings = base_optimizer(engine), engine.config.optimizer
     for flat, is_orthogonal in _optimized_tensors(engine):
         states = state_names(settings, is_orthogonal=is_orthogonal)
         entry: dict[str, Any] = {state: torch.zeros_like(flat, requires_grad=False) for state in states}
@@ -281,5 +282,38 @@ def _optimized_tensors(engine: Engine) -> Iterable[tuple[torch.Tensor, bool]]:
     """What the torch optimizer sees as its parameters, ours at ZeRO 0, flat fp32 partitions above; and if Muon's."""
     if engine.config.parallel.zero_stage == 3:
         return [(flat, False) for flat in engine.deepspeed.optimizer.fp32_partitioned_groups_flat]
-    groups = _base_optimizer(engine).param_groups
+    groups = base_optimizer(engine).param_groups
     return [(p, bool(group.get("orthogonal"))) for group in groups for p in group["params"]]
+
+
+def overwrite_weights(engine: Engine, source: WeightSource) -> None:
+    """Give an engine that has been in use the weights that it could have been built from; masters are the same.
+
+    A collective; other states stay.
+    """
+    for name, parameter in engine.parameters().items():
+        share = _share(engine, name, parameter, source(name, parameter.whole_shape))  # type: ignore[attr-defined]
+        _set_weights(engine, parameter, share)
+        if parameter.requires_grad and engine.config.parallel.zero_stage > 0 and name in _held(engine):
+            _set_state(engine, parameter, MASTER, share.to(parameter.dtype).float())
+
+
+def _set_weights(engine: Engine, parameter: nn.Parameter, share: torch.Tensor) -> None:
+    if engine.config.parallel.zero_stage < 3:
+        parameter.data.copy_(share)
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        parameter.data.copy_(share)
+
+
+def forget_optimizer(engine: Engine) -> None:
+    """Put the optimizer where it was before its first step."""
+    base = base_optimizer(engine)
+    base.state.clear()
+    if isinstance(base, SM3):
+        for vectors in base.accumulators.values():
+            torch._foreach_zero_(vectors)
+    if engine.config.parallel.zero_stage in (1, 2):
+        engine.deepspeed.optimizer._hp_optimizer_states_linked = False

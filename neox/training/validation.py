@@ -14,6 +14,7 @@ from neox.data.online import OnlineDataset
 from neox.training.batches import BatchMaker, GlobalBatch
 from neox.training.engine import Engine
 from neox.training.loaders import micro_batches
+from neox.watch import phase
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Evaluator:
     batches: BatchMaker
     tokenizer: Tokenizer | None = None
 
+    @phase("evaluating")
     def run(self, number: int) -> dict[str, float]:
         """Evaluation `number` (0, 1, ...) of the run, on samples of its own as upstream reads them.
 

@@ -2,7 +2,7 @@
 
 import tokenizers
 import torch
-from model_families import GQA, KEYS, LLAMA
+from model_families import GQA, KEYS, LLAMA, MIXTRAL
 from tokenizers import models, pre_tokenizers
 from weight_sources import RandomWeights
 
@@ -18,7 +18,7 @@ SHAPE = {
     "train_micro_batch_size_per_gpu": 1,
     "tokenizer_type": "CharLevelTokenizer",
 }
-ROUND_TRIPS = {"neox": KEYS["neox"], "llama, all heads": LLAMA, "llama, grouped heads": GQA}
+ROUND_TRIPS = {"neox": KEYS["neox"], "llama, all heads": LLAMA, "llama, grouped heads": GQA, "mixtral": MIXTRAL}
 
 
 def random_run(**keys):

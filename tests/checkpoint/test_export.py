@@ -89,7 +89,7 @@ def test_tensors_that_do_not_belong_are_refused_by_name(tmp_path):
         HuggingFaceReader(tmp_path / "out").check_files()
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("kind", ["qwen2_moe", "olmoe"])
 def test_models_with_experts_are_refused_by_name(tmp_path, kind):
     exported(tmp_path / "out", **GQA)
     path = tmp_path / "out" / "config.json"

@@ -49,6 +49,10 @@ FAMILY_VARIANTS = {
     | GQA
     | {"num_kv_heads": 4, "use_bias_in_attn_linear": True, "use_bias_in_mlp": True},
     "mistral": PLAIN | KEYS["mistral"],
+    "mixtral": PLAIN | KEYS["mixtral"],
+    "mixtral with a window, noise and more choices": PLAIN
+    | KEYS["mixtral"]
+    | {"sliding_window_width": 7, "moe_jitter_eps": 0.01, "moe_num_experts": 8, "moe_top_k": 3},
     "falcon 7b": PLAIN | KEYS["falcon"] | {"num_kv_heads": 1, "gpt_j_tied": True},
     "falcon 40b": PLAIN | KEYS["falcon"],
     "opt": PLAIN | KEYS["opt"] | {"seq_length": 40},

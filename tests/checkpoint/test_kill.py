@@ -1,17 +1,17 @@
 """Killed at any moment of a save, the checkpoint before it is whole, and the next save works."""
 
 import itertools
-import multiprocessing
 import os
 import random
 import sys
 import time
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from checkpoint.small_checkpoints import save, stored
-from ranks import PRELOAD, run_ranks
+from ranks import fork, run_ranks
 
 from neox.checkpoint.native.commit import prune_checkpoints
 from neox.checkpoint.native.integrity import damages
@@ -56,12 +56,8 @@ def save_for_ever(root: Path, first: int, rank: int, peer: Connection, ready: Co
 
 def killed_after(root: Path, first: int, seconds: float) -> None:
     """Have two ranks save, and kill both after so many seconds."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    peers, (ready, told) = context.Pipe(), context.Pipe()
-    ranks = [context.Process(target=save_for_ever, args=(root, first, rank, peers[rank], told)) for rank in range(2)]
-    for process in ranks:
-        process.start()
+    peers, (ready, told) = Pipe(), Pipe()
+    ranks = [fork(save_for_ever, root, first, rank, peers[rank], told) for rank in range(2)]
     for _ in ranks:
         assert ready.poll(60)
         assert ready.recv() == "go"

@@ -246,6 +246,7 @@ def test_legacy_names(tmp_path, layout):
         (UpstreamLayout(0, 4), GQA, "num_kv_heads: 2 is not divisible by model_parallel_size 4"),
         (UpstreamLayout(), KEYS["bloom"], "embedding_norm: True; GPT-NeoX has no such model"),
         (UpstreamLayout(), KEYS["llama"], "rope_scaling: .*; GPT-NeoX has no such model"),
+        (UpstreamLayout(), KEYS["mixtral"], "moe_num_experts: 5; GPT-NeoX keeps the experts of a rank in one matrix"),
         (UpstreamLayout(legacy=True), GQA, "num_kv_heads: 2; GPT-NeoX ordered shared heads otherwise"),
     ],
 )

@@ -32,6 +32,11 @@ class Cluster:
     variables: dict[str, str] = field(default_factory=dict)
 
     @property
+    def small_disk(self) -> Path:
+        """A disk of 24 MiB, which both hosts see."""
+        return self.folder / "small-disk"
+
+    @property
     def switch(self) -> str:
         """Namespace that holds the bridge."""
         return f"neox-switch-{os.getpid()}"
@@ -93,6 +98,8 @@ def cluster(folder: Path) -> Iterator[Cluster]:
     """Two hosts for the length of a `with`; whatever still runs on them at its end is killed."""
     made = Cluster(folder, {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"})
     made.name_hosts(ADDRESSES)
+    made.small_disk.mkdir()
+    root("mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", made.small_disk)
     try:
         _wire(made)
         yield made
@@ -121,6 +128,7 @@ def _remove(made: Cluster) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGKILL)
         subprocess.run(["ip", "netns", "del", space], capture_output=True, check=False)
+    subprocess.run(["umount", "--lazy", str(made.small_disk)], capture_output=True, check=False)
 
 
 def wait_until(happened: Callable[[], bool], what: str, seconds: float = 30) -> None:
@@ -129,6 +137,22 @@ def wait_until(happened: Callable[[], bool], what: str, seconds: float = 30) -> 
     while not happened():
         assert time.monotonic() < deadline, f"{what} did not happen in {seconds} s"
         time.sleep(0.1)
+
+
+def rank_process(save: Path, rank: int) -> int:
+    """The process of a rank of the run that saves to a folder, on whichever host; hosts share the process numbers.
+
+    Raises:
+        ProcessLookupError: there is none.
+    """
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            variables = (process / "environ").read_bytes().split(b"\0")
+            is_rank = f"RANK={rank}".encode() in variables or f"SLURM_PROCID={rank}".encode() in variables
+            if is_rank and f"save={save}".encode() in words and words[0].endswith(b"python"):
+                return int(process.name)
+    raise ProcessLookupError(f"no rank {rank} of {save}")
 
 
 def start_ssh(made: Cluster) -> None:

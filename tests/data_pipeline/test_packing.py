@@ -65,7 +65,7 @@ def test_packed_samples_are_upstreams(tmp_path: Path) -> None:
 def test_padded_samples_are_upstreams_without_the_stray_token(kind: str, impl: str, tmp_path: Path) -> None:
     dataset = _build(f"{TEXT}_item_{kind}_indexmap_12ns_32sl_1234s_{impl}pi_ac_sample_idx.npy", tmp_path)
     for number, golden in enumerate(read_json("dataset_items.json")[kind]["items"]):
-        if dataset.maps.sample_idx[dataset.maps.shuffle_idx[number] + 1, 0] == len(dataset.maps.doc_idx):
+        if dataset.maps.sample_idx[int(dataset.maps.shuffle_idx[number]) + 1][0] == len(dataset.maps.doc_idx):
             continue  # upstream cannot read past the last document, and gives sample 0 instead
         sample = dataset[number]
         tokens, labels = np.array(golden["text"]), np.array(golden["label"])

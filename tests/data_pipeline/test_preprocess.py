@@ -3,18 +3,17 @@
 import gzip
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from scripts_of import fork_script
 
 from neox.data import IndexedDataset
 from neox.data.documents import read_documents
 from neox.data.preprocess import PreprocessOptions, preprocess
 from neox.errors import DataError
 
-ROOT = Path(__file__).parents[2]
 TEXTS = [f"document {number} " * (number % 7 + 1) for number in range(1300)]
 
 
@@ -99,8 +98,7 @@ def test_bad_files_are_named(name: str, message: str, tmp_path: Path) -> None:
 
 
 def _command(tool: str, *arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "tools" / "datasets" / tool), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}, check=False)
+    return fork_script(f"tools/datasets/{tool}", *arguments)
 
 
 def test_the_commands_train_a_tokenizer_and_tokenize_with_it(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from inference.small_model import save_small, small_config
-from model_families import GQA
+from model_families import GQA, MIXTRAL
 from transformers import AutoModelForCausalLM
 
 from neox.checkpoint.conversion.convert import write_native
@@ -23,6 +23,7 @@ MODELS = {
         "bias_gelu_fusion": True,
     },
     "llama, grouped heads": GQA | {"gpt_j_residual": False, "rotary_pct": 1.0, "rotary_emb_base": 500.0},
+    "mixtral": MIXTRAL | {"gpt_j_residual": False, "rotary_pct": 1.0},
 }
 PROMPTS = [[5, 77, 301, 4, 4, 19], [400], [9, 8, 7, 6, 5, 4, 3, 2, 1, 450, 33, 12]]
 NEW_TOKENS = 30

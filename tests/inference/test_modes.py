@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from inference.small_model import SMALL, naive_greedy, save_small, small_config, small_model
+from scripts_of import fork_script
 
 from neox.data.tokenizers import CharLevelTokenizer
 from neox.errors import CheckpointError, DataError, UserError
@@ -16,8 +17,6 @@ from neox.files import write_whole
 from neox.inference.loading import load_model
 from neox.inference.modes import generation_kind, read_prompts, run_generation, typed_prompts
 from neox.model.build import SINGLE
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -150,8 +149,7 @@ def test_a_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
 
 
 def run_script(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "generate.py"), str(folder / "small.yml"), *arguments]
-    return subprocess.run(command, cwd=folder, check=False, capture_output=True, text=True, timeout=120)
+    return fork_script("generate.py", folder / "small.yml", *arguments, cwd=folder)
 
 
 def test_the_script_starts_tensor_ranks_and_writes_one_file(checkpoint: Path, tmp_path: Path) -> None:

@@ -51,10 +51,21 @@ def test_slurm(run: Callable[..., tuple[int, str]], folder: Path) -> None:
     text = (folder / "tiny.sbatch").read_text()
     for line in ("--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "--time=4:00:00", "--account=lab"):
         assert f"#SBATCH {line}\n" in text
-    assert f"{sys.executable} -u train.py tiny.yml log_interval=5 </dev/null" in text
+    assert f"{sys.executable} -u train.py tiny.yml log_interval=5 requeue_status=75 </dev/null" in text
     assert "neox.launch check" not in text
     assert os.access(folder / "tiny.sbatch", os.X_OK)
     assert (folder / "logs").is_dir()
+
+
+def test_slurm_with_any_number_of_hosts(run: Callable[..., tuple[int, str]], folder: Path) -> None:
+    """A batch of 16 sequences is shared by 4, 8 and 16 processes, and not by 12."""
+    words = ["tiny.yml", "elastic=true", "--nodes", "1-5", "--gpus-per-node", "4", "requeue_status=7"]
+    assert run("slurm", *words) == (0, "tiny.sbatch\n")
+    text = (folder / "tiny.sbatch").read_text()
+    assert "#SBATCH --nodes=1-4\n" in text
+    assert "for choice in 1 2 4; do" in text
+    assert 'srun --kill-on-bad-exit=1 --nodes="$nodes" --ntasks=$((nodes * 4)) ' in text
+    assert "elastic=true requeue_status=7 requeue_status=7 </dev/null" in text
 
 
 def test_slurm_with_a_check(run: Callable[..., tuple[int, str]], folder: Path) -> None:
@@ -73,6 +84,11 @@ def test_kubernetes(run: Callable[..., tuple[int, str]], folder: Path, kind: str
     text = (folder / "my-run.yaml").read_text()
     assert "&" not in text
     assert yaml.safe_load(text)["metadata"] == {"name": "my-run"}
+    # That a pod which has to leave its host is not taken for done.
+    assert "requeue_status=75" in text
+    assert "auto_resume=true" in text
+    assert run("kubernetes", *words, "requeue_status=99") == (0, "my-run.yaml\n")
+    assert "requeue_status=75" not in (folder / "my-run.yaml").read_text()
 
 
 def test_hostfile(run: Callable[..., tuple[int, str]], folder: Path) -> None:
@@ -89,12 +105,16 @@ def test_hostfile(run: Callable[..., tuple[int, str]], folder: Path) -> None:
         (["cook"], "unknown command 'cook'; there are slurm, kubernetes"),
         (["slurm", "--nodes", "2"], "required: CONFIG"),
         (["slurm", "tiny.yml"], "required: --nodes"),
-        (["slurm", "tiny.yml", "--nodes", "0"], "--nodes 0: give at least 1"),
+        (["slurm", "tiny.yml", "--nodes", "0"], "--nodes 0: give a number of hosts, at least 1"),
         (["slurm", "tiny.yml", "--nodes", "2", "--tasks-per-node", "9"], "a host has 8 GPUs"),
         (["slurm", "tiny.yml", "--nodes", "3", "--gpus-per-node", "3"], "train_batch_size"),
         (["slurm", "tiny.yml", "--nodes", "2", "pipe_parallel_size=3"], "pipe_parallel_size"),
         (["slurm", "tiny.yml", "--nodes", "1", "--script", "nothing.py"], "nothing.py: no such file"),
-        (["slurm", "tiny.yml", "--nodes", "1", "load=elsewhere"], "load: elsewhere, not ckpt; .* needs load=ckpt"),
+        (["slurm", "tiny.yml", "--nodes", "1-2"], "--nodes 1-2: a range is for runs with elastic: true"),
+        (["slurm", "tiny.yml", "--nodes", "2-1", "elastic=true"], "--nodes 2-1: give a number of hosts"),
+        (["slurm", "tiny.yml", "--nodes", "5-6", "elastic=true"], "48 data-parallel ranks; start one of .* processes"),
+        (["slurm", "tiny.yml", "--nodes", "1", "load=elsewhere", "auto_resume=false"], "auto_resume: false, and load"),
+        (["kubernetes", "tiny.yml", "--nodes", "1-2", "--image", "x", "elastic=true"], "a set of pods has one size"),
         (["kubernetes", "tiny.yml", "--nodes", "1"], "required: --image"),
         (["hostfile", "nowhere", "tiny.yml"], "nowhere: cannot be read"),
         (["hostfile", "hosts", "tiny.yml", "model_parallel_size=4", "num_gpus=1"], "model_parallel_size"),

@@ -1,5 +1,6 @@
 """Kubernetes manifests: what the cluster is asked for, and what every pod makes of its variables."""
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
@@ -26,10 +27,19 @@ def test_jobset() -> None:
     found = manifest(PODS, "jobset")
     assert (found["apiVersion"], found["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     assert found["metadata"] == {"name": "pythia", "namespace": "lab"}
-    assert found["spec"]["failurePolicy"] == {"maxRestarts": 5}
+    policy = found["spec"]["failurePolicy"]
+    assert policy["maxRestarts"] == 5
+    (rule,) = policy["rules"]
+    assert rule["action"] == "RestartJobSetAndIgnoreMaxRestarts"
+    assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
+    assert manifest(replace(PODS, max_restarts=0), "jobset")["spec"]["failurePolicy"] == {"maxRestarts": 0}
     (replicated,) = found["spec"]["replicatedJobs"]
     job = replicated["template"]["spec"]
     assert (job["parallelism"], job["completions"], job["completionMode"], job["backoffLimit"]) == (3, 3, "Indexed", 0)
+    evicted, ended_early = job["podFailurePolicy"]["rules"]
+    assert evicted["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
+    assert (ended_early["onExitCodes"]["operator"], ended_early["onExitCodes"]["values"]) == ("In", [75])
+    assert ended_early["onExitCodes"]["containerName"] == job["template"]["spec"]["containers"][0]["name"]
     check_pod(job["template"]["spec"])
     variables = {entry["name"]: entry for entry in job["template"]["spec"]["containers"][0]["env"]}
     place = variables["PET_NODE_RANK"]["valueFrom"]["fieldRef"]["fieldPath"]

@@ -262,13 +262,14 @@ def test_nohup_is_respected(launch, tmp_path):
     assert wait_for([tmp_path / "heard0"]) == [signal.SIGTERM]
 
 
-def test_second_signal_kills(launch, tmp_path):
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 128 + signal.SIGKILL), (signal.SIGINT, 130)])
+def test_second_signal_kills(launch, tmp_path, signum, status):
     process = launch(HEARING, workers=2, arguments=["60"])
     pids = wait_for([tmp_path / rank for rank in "01"])
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signum)
     wait_for([tmp_path / "heard0", tmp_path / "heard1"])
-    process.send_signal(signal.SIGTERM)
-    assert finish(process)[0] == 128 + signal.SIGKILL
+    process.send_signal(signum)
+    assert finish(process)[0] == status
     wait_until_gone(pids)
 
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from neox.errors import LaunchError
 from neox.launch.slurm import Job, batch_file, submit, write_batch_file
 
-JOB = Job(name="pythia", nodes=12, tasks_per_node=8, gpus_per_node=8, command=["train.py", "a.yml", "x=a b"])
+JOB = Job(name="pythia", nodes=[12], tasks_per_node=8, gpus_per_node=8, command=["train.py", "a.yml", "x=a b"])
 
 
 def options(text: str) -> set[str]:
@@ -35,7 +36,7 @@ def test_options(tmp_path: Path) -> None:
 def test_more_options(tmp_path: Path) -> None:
     job = Job(
         name="x",
-        nodes=1,
+        nodes=[1],
         tasks_per_node=1,
         gpus_per_node=0,
         command=["train.py"],
@@ -73,10 +74,10 @@ class Slurm:
         path.write_text(f"#!/bin/bash\n{script}\n")
         path.chmod(0o755)
 
-    def start(self, job: Job = JOB) -> "subprocess.Popen[str]":
+    def start(self, job: Job = JOB, **variables: str) -> "subprocess.Popen[str]":
         path = self.folder / "job.sbatch"
         write_batch_file(job, path, folder=self.folder)
-        environ = os.environ | {"PATH": f"{self.folder}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "77"}
+        environ = os.environ | {"PATH": f"{self.folder}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "77"} | variables
         return subprocess.Popen([str(path)], env=environ, stderr=subprocess.PIPE, text=True)
 
     def called(self) -> list[str]:
@@ -103,44 +104,88 @@ def test_a_run_that_ends(slurm: Slurm) -> None:
 
 
 def test_a_run_that_fails_is_started_again(slurm: Slurm) -> None:
-    slurm.program("srun", f"echo srun >> {slurm.calls}; [ $(wc -l < {slurm.calls}) -eq 3 ] || exit 134")
+    slurm.program("sleep", f'echo "pause $1" >> {slurm.calls}')
+    count = f"$(grep -c srun {slurm.calls})"
+    slurm.program("srun", f'echo "srun restarts=$NEOX_RESTARTS" >> {slurm.calls}; [ {count} -eq 3 ] || exit 134')
     job = slurm.start()
     _, said = job.communicate(timeout=30)
     assert job.returncode == 0
-    assert slurm.called() == ["srun"] * 3
+    pauses = ["pause 1", "pause 2"]
+    assert slurm.called() == ["srun restarts=", pauses[0], "srun restarts=1", pauses[1], "srun restarts=2"]
     assert said.splitlines() == ["status 134; restart 1 of 3", "status 134; restart 2 of 3"]
 
 
 def test_a_run_that_always_fails(slurm: Slurm) -> None:
+    slurm.program("sleep", ":")
     slurm.program("srun", f"echo srun >> {slurm.calls}; exit 134")
     assert slurm.start().wait(30) == 134
     assert slurm.called() == ["srun"] * 4
 
 
+def test_checkpoints_between_them_forgive_failures(slurm: Slurm) -> None:
+    slurm.program("sleep", ":")
+    run = f"echo srun >> {slurm.calls}; n=$(wc -l < {slurm.calls}); [ $n -lt 6 ] || exit 0"
+    # The first three make one each.
+    slurm.program("srun", f"{run}; [ $n -gt 3 ] || echo global_step$n > save/latest; exit 3")
+    (slurm.folder / "save").mkdir()
+    job = slurm.start(replace(JOB, save=Path("save"), max_restarts=3))
+    _, said = job.communicate(timeout=30)
+    assert job.returncode == 0
+    assert said.splitlines() == [f"status 3; restart {number} of 3" for number in (1, 1, 1, 2, 3)]
+    assert slurm.called() == ["srun"] * 6
+
+
+def test_turns_without_a_checkpoint_end(slurm: Slurm) -> None:
+    """A job that is requeued again and again gets on, or ends; and then nothing of it is left."""
+    slurm.program("srun", "exit 75")
+    job = replace(JOB, save=Path("save"), max_restarts=1)
+    (slurm.folder / "save").mkdir()
+    assert slurm.start(job).wait(30) == 0
+    assert slurm.start(job).wait(30) == 75
+    slurm.program("srun", "echo global_step5 > save/latest; exit 75")
+    assert slurm.start(job).wait(30) == 0
+    assert slurm.called() == ["scontrol requeue 77"] * 2
+    slurm.program("srun", "exit 0")
+    assert slurm.start(job).wait(30) == 0
+    assert not list((slurm.folder / "logs").iterdir())
+
+
+def test_an_elastic_job_uses_the_most_hosts_it_can(slurm: Slurm) -> None:
+    slurm.program("srun", f'echo "$*" >> {slurm.calls}')
+    assert slurm.start(replace(JOB, nodes=[1, 2, 4]), SLURM_JOB_NUM_NODES="3").wait(30) == 0
+    assert slurm.called()[0].startswith("--kill-on-bad-exit=1 --nodes=2 --ntasks=16 ")
+
+
+def test_a_run_that_ended_at_its_own_time_limit_is_requeued(slurm: Slurm) -> None:
+    slurm.program("srun", f"echo srun >> {slurm.calls}; exit 75")
+    assert slurm.start(JOB).wait(30) == 0
+    assert slurm.called() == ["srun", "scontrol requeue 77"]
+
+
 def test_a_mistake_is_not_tried_again(slurm: Slurm) -> None:
     # srun's status is the highest of its processes': of those that it ended, not of the one with the mistake.
-    slurm.program("srun", f'echo srun >> {slurm.calls}; printf printed > "$NEOX_ERROR_LOCK"; exit 143')
+    slurm.program("srun", f'echo srun >> {slurm.calls}; printf 2 > "$NEOX_ERROR_LOCK"; exit 143')
     assert slurm.start().wait(30) == 2
     assert slurm.called() == ["srun"]
     assert not list((slurm.folder / "logs").iterdir())
 
 
-@pytest.mark.parametrize("status", [0, 138])
-def test_a_warned_job_is_requeued_when_the_run_has_ended(slurm: Slurm, status: int) -> None:
-    """The step is told, has its time, and whatever its status the job goes back to the queue once."""
+@pytest.mark.parametrize("status", [0, 75, 138])
+def test_a_warned_job_is_requeued_unless_the_run_is_done(slurm: Slurm, status: int) -> None:
+    """The step is told, has its time, and the job goes back to the queue once."""
     trap = f"trap 'sleep 0.3; echo saved >> {slurm.calls}; exit {status}' USR1"
     slurm.program("srun", f"{trap}; echo srun >> {slurm.calls}; for i in $(seq 600); do sleep 0.05; done")
     job = slurm.start()
     slurm.wait_for_calls(1)
     job.send_signal(signal.SIGUSR1)
     assert job.wait(30) == 0
-    assert slurm.called() == ["srun", "saved", "scontrol requeue 77"]
+    assert slurm.called() == ["srun", "saved"] + (["scontrol requeue 77"] if status else [])
 
 
 def test_a_warned_job_that_may_not_requeue_ends(slurm: Slurm) -> None:
     script = f"trap 'exit 0' USR1; echo srun >> {slurm.calls}; for i in $(seq 600); do sleep 0.05; done"
     slurm.program("srun", script)
-    job = slurm.start(Job("x", 1, 1, 1, ["train.py"], requeue=False))
+    job = slurm.start(Job("x", [1], 1, 1, ["train.py"], requeue=False))
     slurm.wait_for_calls(1)
     job.send_signal(signal.SIGUSR1)
     assert job.wait(30) == 0

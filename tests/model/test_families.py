@@ -29,6 +29,8 @@ SIZES: dict[str, Any] = {
 OWN: dict[str, dict[str, Any]] = {
     # Two heads of keys instead of one, as tensor ranks must divide them.
     "palm": {"num_kv_heads": 2},
+    # The load-balancing loss is of a micro-batch, so layouts must have the same ones; and no expert is chosen by luck.
+    "mixtral": {"gradient_accumulation_steps": 2, "moe_aux_loss_coeff": 0.5, "moe_z_loss_coeff": 0.01},
 }
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2": {"model_parallel_size": 2},

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from model_families import FALCON, GQA, KEYS, LLAMA, LLAMA3_SCALING
+from model_families import FALCON, GQA, KEYS, LLAMA, LLAMA3_SCALING, MIXTRAL
 from torch.nn.functional import cross_entropy
 from weight_sources import RandomWeights
 
@@ -50,6 +50,9 @@ CASES: dict[str, dict[str, Any]] = NEOX_CASES | {
     "llama yarn": GQA | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
     "llama llama3": LLAMA | {"rope_scaling": LLAMA3_SCALING},
     "mistral": KEYS["mistral"],
+    "mixtral": MIXTRAL,
+    "mixtral with a window, biased against balance": MIXTRAL
+    | {"sliding_window_width": 6, "moe_num_experts": 8, "moe_top_k": 3, "moe_aux_loss_coeff": 1.5},
     "falcon 7b": FALCON | {"num_kv_heads": 1, "gpt_j_tied": True},
     "falcon 40b": KEYS["falcon"],
     "falcon gqa with one norm and biases": FALCON
@@ -90,7 +93,7 @@ def test_logits_and_gradients_equal_transformers(tmp_path, name):
     assert type(theirs).__name__ == family.architecture
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
     tokens, labels = torch.randint(96, (2, 2, 40), generator=torch.Generator().manual_seed(0))
-    expected = theirs(tokens).logits
+    expected, router_loss = of_transformers(theirs, tokens, config)
     assert expected.std() > 0.3
     assert (ours(tokens) - expected).abs().max() <= TOLERANCE
 
@@ -98,8 +101,8 @@ def test_logits_and_gradients_equal_transformers(tmp_path, name):
     their_loss = cross_entropy(expected.flatten(0, 1), labels.flatten())
     assert loss.item() == pytest.approx(their_loss.item(), abs=TOLERANCE)
     loss.backward()
-    their_loss.backward()
-    their_gradients = {their_name: p.grad for their_name, p in theirs.named_parameters()}
+    (their_loss + router_loss).backward()
+    their_gradients = as_on_disk({their_name: p.grad for their_name, p in theirs.named_parameters()})
     if family.name == "neox" and config.no_weight_tying:
         their_gradients["embed_out.weight"] = their_gradients.pop("lm_head.weight")
     for our_name, parameter in ours.named_parameters():
@@ -112,3 +115,30 @@ def test_logits_and_gradients_equal_transformers(tmp_path, name):
     reader = HuggingFaceReader(tmp_path / "hf")
     assert all(torch.equal(reader.tensor(our_name), weights.tensor(our_name)) for our_name in weights.names())
     assert reader.names() == weights.names()
+
+
+def of_transformers(theirs, tokens, config):
+    """Their logits, and what the routers of Mixtral add to the loss: each its own, though theirs pool all layers."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    if not config.has_experts:
+        return theirs(tokens).logits, 0.0
+    found = theirs(tokens, output_router_logits=True)
+    losses = [load_balancing_loss_func((of,), config.moe_num_experts, config.moe_top_k) for of in found.router_logits]
+    return found.logits, config.moe_aux_loss_coeff * torch.stack(losses).mean()
+
+
+def as_on_disk(gradients):
+    """Experts apart, as in files; in memory transformers has all gates and ups in one tensor, all downs in another."""
+    found = {}
+    for name, gradient in gradients.items():
+        place = name.replace(".mlp.", ".block_sparse_moe.") if ".mlp.gate." in name or ".experts." in name else name
+        prefix, _, kind = place.rpartition(".")
+        if not prefix.endswith(".experts"):
+            found[place] = gradient
+            continue
+        for number, of_expert in enumerate(gradient):
+            parts = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}[kind]
+            for part, matrix in zip(parts, of_expert.chunk(len(parts)), strict=True):
+                found[f"{prefix}.{number}.{part}.weight"] = matrix
+    return found

@@ -1,11 +1,8 @@
 """Every command of the documentation is one that works: scripts, flags, configuration files, overrides, links."""
 
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from scripts_of import fork_script
 
 from neox.config import load_config
 from neox.config.__main__ import main as config_command
@@ -190,9 +188,9 @@ def test_launch_command(command: Command, folder: Path, monkeypatch: pytest.Monk
 
 @cache
 def help_of(script: str) -> str:
-    environ = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    command = [sys.executable, str(ROOT / script), "--help"]
-    return subprocess.run(command, capture_output=True, text=True, check=True, env=environ, cwd=ROOT).stdout
+    done = fork_script(script, "--help", COLUMNS="200")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.mark.parametrize(
@@ -280,7 +278,7 @@ def test_readme_refuses_what_the_configuration_refuses() -> None:
     """The table of the README and the code agree on a few that people will look for."""
     base = ROOT / "configs" / "small.yml"
     for override in (
-        "moe_num_experts=8",
+        "rpe_num_buckets=8",
         "attention_config=[[[mamba], 12]]",
         "use_mup=true",
         "pos_emb=rpe",

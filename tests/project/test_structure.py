@@ -20,11 +20,14 @@ LEVELS = {
     "errors": 0,
     "files": 1,
     "versions": 1,
+    "patience": 1,
+    "pulse": 0,
     "config": 1,
     "launch": 2,
     "kernels": 2,
     "parallel": 2,
     "data": 2,
+    "watch": 3,
     "model": 3,
     "checkpoint": 4,
     "training": 5,
@@ -178,7 +181,9 @@ def test_import_is_silent_and_light() -> None:
     assert (done.stdout, done.stderr) == ("", "")
 
 
-@pytest.mark.parametrize("name", ["neox.config", "neox.launch.main", "neox.launch.local", "neox.launch.environment"])
+@pytest.mark.parametrize(
+    "name", ["neox.config", "neox.launch.main", "neox.launch.local", "neox.launch.environment", "neox.checkpoint.load"]
+)
 def test_works_before_torch(name: str) -> None:
     heavy = "{'torch', 'deepspeed', 'megatron', 'transformers', 'numpy'}"
     done = run_python(f"import sys, {name}\nprint(sorted({heavy} & set(sys.modules)))")

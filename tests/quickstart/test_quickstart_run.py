@@ -1,13 +1,17 @@
 import json
 import re
 import shutil
+import subprocess
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from scripts_of import fork_script
 
 from neox.config import load_config
 from neox.errors import ConfigError, LaunchError
+from neox.quickstart import commands
 from neox.quickstart.commands import run_script
 from neox.quickstart.pace import affordable_steps
 from neox.quickstart.run import Run, run_quickstart
@@ -46,7 +50,16 @@ def make_run(folder: Path, **changes: object) -> tuple[Run, Path]:
     return Run(folder / "run", config), library
 
 
-def test_the_whole_path(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def fork_and_show(command: list[str], *, env: dict[str, str], check: bool) -> subprocess.CompletedProcess[str]:
+    """In place of `subprocess.run`."""
+    assert not check
+    done = fork_script(command[1], *command[2:], **env)
+    print(done.stdout, done.stderr)
+    return done
+
+
+def test_the_whole_path(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "subprocess", SimpleNamespace(run=fork_and_show))
     run, library = make_run(tmp_path)
     loss = run_quickstart(run, vocab_size=512, library=library)
     printed = capfd.readouterr().out

@@ -296,12 +296,14 @@ def few_tokens(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def train_on(flat: dict[str, Any], world_size: int) -> list[str]:
     """What train.py does; returns what it prints first."""
+    from neox.training.contract import told
+    from neox.training.origin import origin_of
     from neox.training.preflight import prepare, remarks
     from neox.training.run import train
 
     torch.set_num_threads(1)
     config = prepare(config_of(flat, world_size))
-    lines = list(remarks(config))
+    lines = [*remarks(config), *told(config, origin_of(config))]
     train(config)
     return lines
 

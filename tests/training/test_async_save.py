@@ -111,7 +111,7 @@ def train_with_full_disk(flat: dict[str, Any], failing_rank: int) -> str:
 @pytest.mark.parametrize("log_interval", [1, 100], ids=["seen_at_a_step", "seen_at_the_next_save"])
 def test_a_failure_ends_the_run_on_all_ranks(tmp_path: Path, corpus: str, log_interval: int) -> None:
     flat = settings(tmp_path, corpus) | {"async_save": True, "train_iters": 200, "log_interval": log_interval}
-    flat |= {"checkpoint_factor": None, "extra_save_iters": [2, 4, 12]}
+    flat |= {"checkpoint_factor": None, "extra_save_iters": [2, 4, 12], "io_retry_time": 0}
     errors = run_ranks(train_with_full_disk, 2, flat, 1)
     assert errors[0] == errors[1]
     assert "No space left on device" in errors[0]

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
+from scripts_of import fork_script
 from training.layouts import ADAMW, MODEL, TRAINING, write_corpus
 from training.test_resume import train
 
@@ -125,11 +124,8 @@ def test_a_change_of_precision_is_told(run: tuple[dict[str, Any], Path]) -> None
 def test_it_is_printed_once_by_the_script(run: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
     flat, folder = run
     (tmp_path / "run.yml").write_text(json.dumps(flat))
-    root = Path(__file__).resolve().parents[2]
-    words = [sys.executable, "train.py", str(tmp_path / "run.yml"), "train_iters=3", "model_parallel_size=2"]
-    done = subprocess.run(
-        [*words, f"save={tmp_path / 'save'}"], cwd=root, capture_output=True, text=True, timeout=240, check=False
-    )
+    words = [tmp_path / "run.yml", "train_iters=3", "model_parallel_size=2", f"save={tmp_path / 'save'}"]
+    done = fork_script("train.py", *words, ranks=2)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count(f"resume {folder}: iteration 2, 8 samples consumed") == 1
     assert done.stderr.count("  not exact: dropout: new random streams") == 1

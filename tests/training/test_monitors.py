@@ -12,10 +12,8 @@ from ranks import run_ranks
 from training.layouts import ADAMW, MODEL, TRAINING, allow_fp16_on_cpu
 
 from neox.config import config_from_dict
-from neox.errors import ConfigError
 from neox.training.metrics.monitors import GradientNoiseScale, NoiseAverage
 from neox.training.metrics.profiling import MemoryHistory
-from neox.training.metrics.tee import copied_output
 from neox.training.run import train
 
 WATCH = {
@@ -203,19 +201,3 @@ def test_memory_history_where_there_is_a_gpu(tmp_path: Path, monkeypatch: pytest
     path = str(tmp_path / "mem" / "rank3.pickle")
     assert calls == [{"max_entries": 100_000}, path, path, {"enabled": None}]
     assert (tmp_path / "mem").is_dir()
-
-
-def test_a_crash_is_in_the_copy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def crash() -> None:
-        with copied_output(str(tmp_path)):
-            print("before")
-            raise ZeroDivisionError("here")
-
-    with pytest.raises(ZeroDivisionError):
-        crash()
-    (out,), (error,) = tmp_path.glob("*_stdout.txt"), tmp_path.glob("*_stderr.txt")
-    assert out.read_text(encoding="utf-8") == capsys.readouterr().out == "before\n"
-    assert "ZeroDivisionError: here" in error.read_text(encoding="utf-8")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="change log_dir"), copied_output(str(tmp_path / "file")):
-        pass

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import tokenizers
 import torch
 from golden_models import GOLDENS, read_golden
 from ranks import run_ranks
+from scripts_of import fork_script
 from training.layouts import ADAMW, TRAINING
 from training.test_resume import figures
 from weight_sources import RandomWeights
@@ -23,8 +22,6 @@ from neox.checkpoint.open import open_checkpoint
 from neox.config import Config, config_from_dict
 from neox.data import IndexedDatasetWriter
 from neox.errors import CheckpointError, ConfigError
-
-ROOT = Path(__file__).resolve().parents[2]
 
 MODEL = {
     "num_layers": 2,
@@ -98,13 +95,15 @@ def resolve(flat: dict[str, Any], world_size: int = 1) -> Config:
 
 def train_loaded(flat: dict[str, Any], world_size: int) -> list[str]:
     """What train.py does; returns what it would print."""
+    from neox.training.contract import told
+    from neox.training.origin import origin_of
     from neox.training.preflight import prepare, remarks
     from neox.training.run import train
 
     torch.set_num_threads(1)
     config = prepare(resolve(flat, world_size))
     train(config)
-    return list(remarks(config))
+    return [*remarks(config), *told(config, origin_of(config))]
 
 
 def losses(folder: Path) -> list[float]:
@@ -241,10 +240,8 @@ def test_text_is_generated_from_the_folder_alone(tmp_path: Path, slim: Path) -> 
     texts = []
     for tensor in (1, 2):
         out = tmp_path / f"{tensor}.jsonl"
-        words = [sys.executable, "generate.py", str(tmp_path / "run.yml"), f"model_parallel_size={tensor}"]
-        done = subprocess.run(
-            [*words, f"sample_output_file={out}"], cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
-        )
+        words = [tmp_path / "run.yml", f"model_parallel_size={tensor}", f"sample_output_file={out}"]
+        done = fork_script("generate.py", *words, ranks=tensor)
         assert done.returncode == 0, done.stderr
         texts.append(json.loads(out.read_text())["text"])
     assert texts[0]

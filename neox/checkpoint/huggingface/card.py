@@ -83,6 +83,7 @@ def _model_rows(model: ModelConfig, family: Family, precision: str) -> list[tupl
         ("Parameters", f"{total:,}, {total - ends:,} without embeddings and head"),
         ("Layers", f"{model.num_layers}"),
         ("Width", f"{model.hidden_size:,}, {model.mlp_inner_width:,} inside the MLP"),
+        *([("Experts", f"{model.moe_num_experts}, {model.moe_top_k} for a token")] if model.has_experts else []),
         ("Heads", heads + shared),
         ("Context", f"{model.seq_length:,} tokens"),
         ("Vocabulary", f"{model.padded_vocab_size:,} rows"),

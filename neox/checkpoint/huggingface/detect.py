@@ -10,11 +10,12 @@ from neox.checkpoint.huggingface.family import Family
 from neox.checkpoint.huggingface.gpt2 import GPT2
 from neox.checkpoint.huggingface.gpt_neox import GPT_NEOX
 from neox.checkpoint.huggingface.llama import LLAMA, MISTRAL
+from neox.checkpoint.huggingface.mixtral import MIXTRAL
 from neox.checkpoint.huggingface.opt import OPT
 from neox.config import ModelConfig
 from neox.errors import CheckpointError
 
-FAMILIES = {family.name: family for family in (GPT_NEOX, LLAMA, MISTRAL, FALCON, OPT, BLOOM, GPT2)}
+FAMILIES = {family.name: family for family in (GPT_NEOX, LLAMA, MISTRAL, MIXTRAL, FALCON, OPT, BLOOM, GPT2)}
 """By the name that `--architecture` takes; the first that can express a model is the one it is exported to."""
 
 

@@ -33,15 +33,20 @@ class Module:
 
 
 def shared(
-    *, hidden: str = "hidden_size", layers: str = "num_hidden_layers", heads: str = "num_attention_heads"
+    *,
+    hidden: str = "hidden_size",
+    layers: str = "num_hidden_layers",
+    heads: str = "num_attention_heads",
+    experts: bool = False,
 ) -> tuple[Field, ...]:
-    """Rows of every family, under its names of the three sizes; the others' are read too."""
+    """Rows of every family, under its names of the three sizes; the others' are read too. Few have experts."""
     return (
         Plain("vocab_size", "padded_vocab_size"),
         Plain(hidden, "hidden_size", also=("hidden_size", "n_embed")),
         Plain(layers, "num_layers", also=("num_hidden_layers", "n_layer")),
         Plain(heads, "num_attention_heads", also=("num_attention_heads", "n_head")),
         Always("use_qk_layernorm", False),
+        *(() if experts else (Always("moe_num_experts", 1),)),
     )
 
 

@@ -257,8 +257,15 @@ class AllHeads(Field):
         return f"num_kv_heads: {config.num_kv_heads}; it has num_attention_heads only" if config.is_grouped else ""
 
 
+@dataclass(frozen=True)
 class Window(Field):
-    """The sliding window: theirs counts the key of the query itself, ours only those before it."""
+    """The sliding window: theirs counts the key of the query itself, ours only those before it.
+
+    Attributes:
+        default: theirs where the key is absent.
+    """
+
+    default: int | None = 4096
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         """See Field."""
@@ -267,7 +274,7 @@ class Window(Field):
 
     def read(self, content: Mapping[str, Any]) -> dict[str, Any]:
         """See Field."""
-        width = content.get("sliding_window", 4096)
+        width = content.get("sliding_window", self.default)
         return {"sliding_window_width": None if width is None else width - 1}
 
     def objection(self, content: Mapping[str, Any]) -> str:

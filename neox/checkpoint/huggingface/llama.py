@@ -19,7 +19,8 @@ from neox.checkpoint.huggingface.rope import Rotary
 from neox.config import ModelConfig
 
 
-def _modules(config: ModelConfig) -> Mapping[str, Module]:
+def dense_modules(config: ModelConfig) -> Mapping[str, Module]:
+    """The table of tensors of a model without experts."""
     block = "model.layers.{layer}."
     attention, mlp = block + "self_attn.", block + "mlp."
     return {
@@ -37,27 +38,26 @@ def _modules(config: ModelConfig) -> Mapping[str, Module]:
     }
 
 
-_BOTH: tuple[Field, ...] = (
-    *shared(),
+ALL: tuple[Field, ...] = (
     HeadSize(),
     Width(gated=True),
-    Rotary(),
     GatedActivation(),
     Always("norm", "rmsnorm"),
     Always("embedding_norm", False),
-    Plain("rms_norm_eps", "rms_norm_epsilon", 1e-6),
     Always("gpt_j_residual", False),
     Opposite("tie_word_embeddings", "no_weight_tying", False),
     Plain("attention_dropout", "attention_dropout", 0.0),
     Plain("initializer_range", "init_method_std", 0.02),
 )
+"""What Mixtral too has in common with them."""
+_BOTH: tuple[Field, ...] = (*shared(), *ALL, Rotary(), Plain("rms_norm_eps", "rms_norm_epsilon", 1e-6))
 
 LLAMA = Family(
     name="llama",
     model_type="llama",
     architecture="LlamaForCausalLM",
     prefix="model.",
-    modules=_modules,
+    modules=dense_modules,
     fields=(
         *_BOTH,
         Positions(),
@@ -73,7 +73,7 @@ MISTRAL = Family(
     model_type="mistral",
     architecture="MistralForCausalLM",
     prefix="model.",
-    modules=_modules,
+    modules=dense_modules,
     fields=(
         *_BOTH,
         Positions(default=4096 * 32),

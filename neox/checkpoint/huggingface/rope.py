@@ -22,11 +22,13 @@ class Rotary(Field):
         base: their name of the base outside rope_parameters.
         share: their name of the rotated share outside rope_parameters; None for a family that rotates whole heads.
         default_share: the share where it is absent.
+        default_base: the base where it is absent.
     """
 
     base: str = "rope_theta"
     share: str | None = None
     default_share: float = 1.0
+    default_base: float = 10000
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         """See Field."""
@@ -42,7 +44,7 @@ class Rotary(Field):
     def read(self, content: Mapping[str, Any]) -> dict[str, Any]:
         """See Field."""
         rope = _parameters(content)
-        base = rope.pop("rope_theta", content.get(self.base, 10000))
+        base = rope.pop("rope_theta", content.get(self.base, self.default_base))
         share = rope.pop("partial_rotary_factor", content.get(self.share, self.default_share)) if self.share else 1.0
         keys = {"pos_emb": "rotary", "rotary_emb_base": base, "rotary_pct": share}
         if rope["rope_type"] == "dynamic" and "max_position_embeddings" in content:

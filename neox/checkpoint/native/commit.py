@@ -3,11 +3,14 @@
 At each moment `latest` names a folder that is whole, or one whose predecessor `checkpoint_folder` finds beside it.
 """
 
+import logging
 import shutil
 from pathlib import Path
 
 from neox.checkpoint.native.manifest import LATEST, MANIFEST
 from neox.files import flush, write_whole
+
+log = logging.getLogger(__name__)
 
 INCOMPLETE, REPLACED, DELETED = "incomplete", "replaced", "deleted"
 
@@ -58,18 +61,28 @@ def commit(temporary: Path, final: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def prune_checkpoints(root: Path, keep: int) -> None:
+def prune_checkpoints(root: Path, keep: int) -> list[str]:
     """Delete all but the last `keep` checkpoints written, never the one `latest` names.
 
-    By time and not by number: a run that went back to an earlier iteration leaves higher numbers behind.
+    By time and not by number: a run that went back to an earlier iteration leaves higher numbers behind. What cannot be
+    deleted stays, with a warning.
+
+    Returns:
+        Names of those deleted.
     """
-    named = (root / LATEST).read_text().strip() if (root / LATEST).is_file() else ""
-    manifests = sorted(root.glob(f"global_step*/{MANIFEST}"), key=lambda path: path.stat().st_mtime_ns)
-    for path in manifests[:-keep]:
-        if path.parent.name != named:
-            doomed = _hidden(path.parent, DELETED)  # so that a kill leaves no half checkpoint under its name
-            path.parent.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+    deleted = []
+    try:
+        named = (root / LATEST).read_text().strip() if (root / LATEST).is_file() else ""
+        manifests = sorted(root.glob(f"global_step*/{MANIFEST}"), key=lambda path: path.stat().st_mtime_ns)
+        for path in manifests[:-keep]:
+            if path.parent.name != named:
+                doomed = _hidden(path.parent, DELETED)  # so that a kill leaves no half checkpoint under its name
+                path.parent.rename(doomed)
+                shutil.rmtree(doomed, ignore_errors=True)
+                deleted.append(path.parent.name)
+    except OSError as error:
+        log.warning("%s: old checkpoints cannot be deleted (%s)", error.filename or root, error.strerror)
+    return deleted
 
 
 def _hidden(folder: Path, state: str) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 from neox.checkpoint.native.integrity import quick_damages
 from neox.checkpoint.native.manifest import LATEST, checkpoint_folder, is_native
 from neox.checkpoint.open import is_checkpoint
-from neox.errors import CheckpointError
+from neox.errors import CheckpointError, UnreadError
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ def checkpoint_to_load(root: Path, iteration: int | None, *, fallback: bool, che
         is_one = iteration is None and (_was_native(root) or (root.is_dir() and is_checkpoint(root)))
         folder = root if is_one else checkpoint_folder(root, iteration)
         found = check.damages(folder) if folder is not None and _was_native(folder) else []
+    except UnreadError:
+        raise
     except CheckpointError as error:
         if iteration is not None:
             raise

@@ -7,7 +7,7 @@ from typing import Any
 from neox.checkpoint.native.manifest import Manifest, check_size
 from neox.checkpoint.native.store import Team, checked_tensor, open_tensor_file
 from neox.checkpoint.storage.tensor_file import checksum
-from neox.errors import CheckpointError
+from neox.errors import CheckpointError, UnreadError
 
 Report = Callable[[str, int], None]
 
@@ -22,9 +22,14 @@ def damages(folder: Path, *, share: tuple[int, int] = (0, 1), each: Report | Non
 
     Returns:
         A line for each file or tensor that is missing or not as it was written, which it names.
+
+    Raises:
+        UnreadError: storage does not give a file, which says nothing of what is in it.
     """
     try:
         manifest = Manifest.parse(folder)
+    except UnreadError:
+        raise
     except CheckpointError as error:
         return [str(error)]
     found: list[str] = []
@@ -36,6 +41,8 @@ def damages(folder: Path, *, share: tuple[int, int] = (0, 1), each: Report | Non
                 found += _tensor_damages(folder, name, by_file[name], each or _unseen)
             else:
                 found += _file_damages(folder, name, manifest.checksums[name], each or _unseen)
+        except UnreadError:
+            raise
         except CheckpointError as error:
             found.append(str(error))
         except OSError as error:
@@ -47,6 +54,8 @@ def quick_damages(folder: Path) -> list[str]:
     """What can be seen of a native checkpoint without reading its tensors: the manifest, and the size of each file."""
     try:
         manifest = Manifest.parse(folder)
+    except UnreadError:
+        raise
     except CheckpointError as error:
         return [str(error)]
     found = []
@@ -59,9 +68,17 @@ def quick_damages(folder: Path) -> list[str]:
 
 
 def team_damages(folder: Path, team: Team) -> list[str]:
-    """`damages`, each rank reading its share of the files; every rank gets the same lines."""
-    found = team.gather(damages(folder, share=(team.rank, team.size)))
-    return list(dict.fromkeys(line for lines in found for line in lines))
+    """`damages`, each rank reading its share of the files; every rank gets the same lines, or the same error."""
+    mine, unread = [], ""
+    try:
+        mine = damages(folder, share=(team.rank, team.size))
+    except UnreadError as error:
+        unread = str(error)
+    found = team.gather((mine, unread))
+    for _, text in found:
+        if text:
+            raise UnreadError(text)
+    return list(dict.fromkeys(line for lines, _ in found for line in lines))
 
 
 def _part(files: dict[str, int], index: int, parts: int) -> list[str]:
@@ -81,6 +98,8 @@ def _tensor_damages(folder: Path, name: str, tensors: Mapping[str, Mapping[str, 
     for key, entry in file.entries.items():
         try:
             checked_tensor(file, key, tensors[key]["checksum"])
+        except UnreadError:
+            raise
         except CheckpointError as error:
             found.append(str(error))
         each(name, entry.end - entry.begin)

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from neox.checkpoint.storage.tensor_file import checksum
-from neox.errors import CheckpointError
+from neox.errors import CheckpointError, UnreadError
+from neox.patience import is_mistake, unreadable
 
 FORMAT = "neox-native"
 VERSION = 2
@@ -45,11 +46,13 @@ class Progress:
     """How far a run had come.
 
     Attributes:
-        iteration: optimizer steps tried, those skipped by fp16 overflow included.
-        consumed_samples: training sequences read.
+        iteration: optimizer steps tried, those that were left out included.
+        consumed_samples: place in the order of the training sequences: those read, and those passed over.
         schedule_step: updates made; the learning rate follows it.
         optimizer_step: Adam's step count.
         loss_scaler: state of fp16's dynamic loss scale; empty in other precisions.
+        left_out: ranges [start, end) of that order that are passed over.
+        recent_losses: of the last updates, where spikes are looked for; else empty.
     """
 
     iteration: int = 0
@@ -57,6 +60,8 @@ class Progress:
     schedule_step: int = 0
     optimizer_step: int = 0
     loss_scaler: dict[str, float] = field(default_factory=dict)
+    left_out: list[list[int]] = field(default_factory=list)
+    recent_losses: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,9 @@ class Manifest:
             content = json.loads(path.read_bytes())
             saved = content.pop("checksum", None)
             kind = content.pop("format"), content.pop("version")
-        except OSError:
+        except OSError as error:
+            if not is_mistake(error):
+                raise UnreadError(f"{unreadable(path, error)}; start again when it can be") from None
             raise CheckpointError(f"{folder}: not a native checkpoint, it has no {MANIFEST}") from None
         except ValueError as error:
             raise CheckpointError(f"{path}: not valid JSON ({error}); the checkpoint is damaged") from None

@@ -1,5 +1,6 @@
 """Writing and reading native checkpoints."""
 
+import errno
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from neox.checkpoint.native.commit import begin, commit, discard
 from neox.checkpoint.native.manifest import MANIFEST, Manifest
 from neox.checkpoint.storage.tensor_file import CODES, TensorFile, TensorFileWriter, checksum, raw_bytes
 from neox.checkpoint.weights import missing_tensor
-from neox.errors import CheckpointError, UserError
+from neox.errors import CheckpointError, UnsavedError, UserError
 from neox.files import write_whole
 
 DTYPE_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in CODES}
@@ -21,6 +22,8 @@ Result = TypeVar("Result")
 
 FILE_BYTES = 4 * 2**30
 """A rank starts another file after this much, so that it never holds more in memory while it saves."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 OPEN_FILES = 64
 """A reader has no more open at a time: a process may often open 1024, and a rank of 1000 writes three."""
@@ -98,7 +101,8 @@ def write_checkpoint(
         add: called by rank 0 with the folder when all of the above is in it, before it gets its name; may write more.
 
     Raises:
-        CheckpointError: on every rank, if one could not write.
+        UnsavedError: on every rank, if storage refused one.
+        CheckpointError: on every rank, if one could not write for another reason.
     """
     final = root / f"global_step{iteration}"
     temporary = _together(team, lambda: begin(final) if team.rank == 0 else None)[0]
@@ -120,19 +124,35 @@ def write_checkpoint(
     return final
 
 
+@dataclass(frozen=True)
+class _Failure:
+    """Why a rank could not do its work, and the number of the system's error if storage refused it."""
+
+    text: str
+    errno: int | None
+
+
 def _together(team: Team, work: Callable[[], Result]) -> list[Result]:
     """Do `work` on every rank and return all results; if it fails on one, raise on all, so that none waits for ever."""
+    outcome: Result | _Failure
     try:
-        outcome: tuple[Result | None, str | None] = (work(), None)
+        outcome = work()
     except OSError as error:
-        outcome = (None, f"{error.filename or 'checkpoint'}: cannot be written ({error.strerror or error})")
+        outcome = _Failure(
+            f"{error.filename or 'checkpoint'}: cannot be written ({error.strerror or error})", error.errno
+        )
     except UserError as error:
-        outcome = (None, f"checkpoint cannot be written: {error}")
+        refused = error.__cause__.errno if isinstance(error.__cause__, OSError) else None
+        outcome = _Failure(f"checkpoint cannot be written: {error}", refused)
     outcomes = team.gather(outcome)
-    failures = [failure for _, failure in outcomes if failure is not None]
-    if failures:
-        raise CheckpointError(f"{failures[0]}; the last checkpoint is untouched")
-    return [result for result, _ in outcomes]
+    failures = [found for found in outcomes if isinstance(found, _Failure)]
+    if not failures:
+        return outcomes
+    lasting = [failure for failure in failures if failure.errno is None]
+    text = f"{(lasting or failures)[0].text}; the last checkpoint is untouched"
+    if lasting:
+        raise CheckpointError(text)
+    raise UnsavedError(text, is_full=any(failure.errno in _FULL for failure in failures))
 
 
 @contextmanager

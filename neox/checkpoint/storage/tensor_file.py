@@ -10,7 +10,7 @@ Format (github.com/huggingface/safetensors, README): uint64 length of the header
 import json
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,8 +19,9 @@ from typing import Any, BinaryIO
 import torch
 import xxhash
 
-from neox.errors import CheckpointError
+from neox.errors import CheckpointError, UnreadError
 from neox.files import WriteBehind
+from neox.patience import Patience, Result, is_mistake, read_again, unreadable
 
 CODES = {
     torch.float64: "F64",
@@ -35,6 +36,9 @@ CODES = {
     torch.bool: "BOOL",
 }
 DTYPES = {code: dtype for dtype, code in CODES.items()}
+PATIENCE = Patience(60.0)
+"""With storage that fails while a checkpoint is read; nothing says how long its reader would wait."""
+
 LARGEST_HEADER = 100 * 2**20
 """As the safetensors library bounds it."""
 
@@ -66,9 +70,11 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file: BinaryIO = path.open("rb", buffering=0)
+            self._file = self._open()
         except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror}); copy it again") from None
+            if is_mistake(error):
+                raise CheckpointError(f"{path}: cannot be read ({error.strerror}); copy it again") from None
+            self._file = self._again(self._open, error)
         self.entries = self._read_header()
 
     def __contains__(self, name: str) -> bool:
@@ -93,13 +99,29 @@ class TensorFile:
 
     def _fill(self, buffer: memoryview, offset: int) -> None:
         while buffer:
-            try:
-                count = os.preadv(self._file.fileno(), [buffer], offset)
-            except OSError as error:
-                raise CheckpointError(f"{self.path}: cannot be read ({error.strerror})") from None
+            count = self._read_some(buffer, offset)
             if count == 0:
                 raise self._damaged("it ends too early")
             buffer, offset = buffer[count:], offset + count
+
+    def _read_some(self, buffer: memoryview, offset: int) -> int:
+        def read_anew() -> int:
+            self._file = self._open()
+            return os.preadv(self._file.fileno(), [buffer], offset)
+
+        try:
+            return os.preadv(self._file.fileno(), [buffer], offset)
+        except OSError as error:
+            return self._again(read_anew, error)
+
+    def _open(self) -> BinaryIO:
+        return self.path.open("rb", buffering=0)
+
+    def _again(self, read: Callable[[], Result], error: OSError) -> Result:
+        try:
+            return read_again(self.path, read, error, PATIENCE)
+        except OSError as last:
+            raise UnreadError(f"{unreadable(self.path, last)}, tried for {PATIENCE.seconds:.0f} s") from None
 
     def _read_header(self) -> dict[str, Entry]:
         size = os.fstat(self._file.fileno()).st_size

@@ -29,6 +29,8 @@ _TRANSFORMER_ENGINE = {
     "attention.proj.bias": "attention.dense.bias",
 }
 
+_EXPERTS = ("mlp.router.", "mlp.experts.")
+
 _BUFFERS = (
     "attention.rotary_emb.inv_freq",
     "position_embeddings.inv_freq",
@@ -92,9 +94,10 @@ def translate(tensors: Mapping[str, Part], source: object) -> dict[str, Part]:
         if local == "post_attention_layernorm.weight" and f"layers.{index}.input_layernorm.scale" in tensors:
             local = "post_attention_layernorm.scale"
         if _KNOWN.fullmatch(local) is None:
+            kinds = "(a norm, fused query_key_value, two-matrix MLP)"
+            mend = "; of models with experts only Hugging Face's Mixtral can be" if local.startswith(_EXPERTS) else ""
             raise CheckpointError(
-                f"{source}: layer {index} holds {local}; only GPT-NeoX layers "
-                "(a norm, fused query_key_value, two-matrix MLP) can be read"
+                f"{source}: layer {index} holds {local}; only GPT-NeoX layers {kinds} can be read{mend}"
             )
         found[f"layers.{index}.{local}"] = whole
     return found

@@ -250,6 +250,11 @@ def _check_expressible(model: ModelConfig, layout: UpstreamLayout) -> None:
     for key, value in MISSING_FEATURES.items():
         if getattr(model, key) != value:
             raise CheckpointError(f"{key}: {getattr(model, key)}; GPT-NeoX has no such model, use --format native")
+    if model.has_experts:
+        raise CheckpointError(
+            f"moe_num_experts: {model.moe_num_experts}; GPT-NeoX keeps the experts of a rank in one matrix, which is "
+            "not written here; use --format native"
+        )
     if layout.legacy and model.is_grouped:
         raise CheckpointError(
             f"num_kv_heads: {model.num_kv_heads}; GPT-NeoX ordered shared heads otherwise in the days of the legacy "
@@ -262,4 +267,5 @@ def _description(config: Config) -> dict[str, Any]:
     known = {place.key for section in ("model", "tokenizer") for place in places(section)}
     known |= {"pipe_parallel_size", "model_parallel_size"}
     known -= {"padded_vocab_size", "compile", *MISSING_FEATURES}
+    known -= {key for key in known if key.startswith("moe_")}
     return {key: value for key, value in config.to_flat().items() if key in known}

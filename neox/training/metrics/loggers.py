@@ -6,31 +6,39 @@ upstream prints but does not record.
 """
 
 import importlib
-import json
-import math
+import logging
 import netrc
 import os
 import sys
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import TYPE_CHECKING, Protocol, Self, SupportsFloat, TextIO
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, SupportsFloat, TextIO, cast
 from urllib.parse import urlsplit
 
 from neox.errors import ConfigError
-from neox.training.metrics.tee import Tee, beside_copy
+from neox.training.logs.streams import CopiedStream, beside_copy
+from neox.training.metrics.json_lines import JsonLinesSink
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from neox.config import Config
 
+log = logging.getLogger(__name__)
+
 Metrics = Mapping[str, float]
 
 
 class Sink(Protocol):
-    """One place that metrics go to."""
+    """One place that metrics go to.
+
+    Attributes:
+        refusals: what it raises where that place fails, which is no reason to end a run.
+    """
+
+    refusals: ClassVar[tuple[type[Exception], ...]]
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Record the metrics of a step."""
@@ -47,6 +55,7 @@ class MetricLog:
 
     def __init__(self, sinks: Iterable[Sink] = ()) -> None:
         self.sinks = tuple(sinks)
+        self._failing: set[Sink] = set()
 
     @classmethod
     def from_config(cls, config: "Config", *, rank: int, environ: Mapping[str, str] = os.environ) -> Self:
@@ -79,17 +88,33 @@ class MetricLog:
         """
         numbers = {name: _number(value) for name, value in metrics.items()}
         for sink in self.sinks:
-            sink.log(step, numbers)
+            if self._do(sink, lambda sink=sink: sink.log(step, numbers)) and sink in self._failing:  # type: ignore[misc]
+                self._failing.remove(sink)
+                log.warning("%s works again", type(sink).__name__)
 
     def progress(self, step: int) -> None:
         """Move the progress bar to `step`; cheap enough for every step."""
         for sink in self.sinks:
-            sink.progress(step)
+            self._do(sink, lambda sink=sink: sink.progress(step))  # type: ignore[misc]
 
     def close(self) -> None:
         """Close all sinks."""
         for sink in self.sinks:
-            sink.close()
+            self._do(sink, sink.close)
+
+    def _do(self, sink: Sink, act: Callable[[], None]) -> bool:
+        """Act on a sink; one line says that it fails, and it is tried again the next time. Whether it worked."""
+        try:
+            act()
+        except BrokenPipeError:  # whoever read standard output has gone
+            raise
+        except sink.refusals as error:
+            if sink not in self._failing:
+                self._failing.add(sink)
+                reason = " ".join(str(error).split())
+                log.warning("%s fails (%s); training goes on, and it is tried again", type(sink).__name__, reason)
+            return False
+        return True
 
     def __enter__(self) -> Self:
         return self
@@ -100,40 +125,10 @@ class MetricLog:
         self.close()
 
 
-class JsonLinesSink:
-    """One JSON object a line: `step`, `time` (seconds since 1970), then the metrics.
-
-    Values that JSON lacks are the strings "NaN", "Infinity" and "-Infinity" (as in protobuf's JSON
-    mapping), which `float` reads back. A resumed run appends, so a step repeated after a crash occurs
-    twice: the later line counts.
-    """
-
-    def __init__(self, path: Path) -> None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torn = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
-            self.file = path.open("a", encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"cannot write {path}: {error.strerror}; change save or log_dir") from error
-        if torn:  # by a run that was killed while writing
-            self.file.write("\n")
-
-    def log(self, step: int, metrics: Metrics) -> None:
-        """Append one line and hand it to the system, so that a crash loses none."""
-        record = {"step": step, "time": time.time()} | {name: _json(value) for name, value in metrics.items()}
-        self.file.write(json.dumps(record, allow_nan=False) + "\n")
-        self.file.flush()
-
-    def progress(self, step: int) -> None:
-        """Nothing to record."""
-
-    def close(self) -> None:
-        """Close the file."""
-        self.file.close()
-
-
 class LineSink:
     """One line of text for each report, in upstream's format."""
+
+    refusals: ClassVar[tuple[type[Exception], ...]] = (OSError,)
 
     def __init__(self, total_steps: int | None, stream: TextIO) -> None:
         self.total_steps = total_steps
@@ -153,6 +148,8 @@ class LineSink:
 
 class BarSink:
     """A progress bar on a terminal, with evaluation results as lines above it."""
+
+    refusals: ClassVar[tuple[type[Exception], ...]] = (OSError,)
 
     def __init__(self, total_steps: int | None) -> None:
         self.total_steps = total_steps
@@ -189,24 +186,30 @@ class BarSink:
 class TensorBoardSink:
     """Scalars in TensorBoard's event files."""
 
+    refusals: ClassVar[tuple[type[Exception], ...]] = (Exception,)
+
     def __init__(self, folder: Path) -> None:
         module = _optional_import("torch.utils.tensorboard", key="tensorboard_dir", install="pip install tensorboard")
+        self._open = partial(module.SummaryWriter, log_dir=str(folder))
         try:
-            self.writer = module.SummaryWriter(log_dir=str(folder))
+            self.writer: Any = self._open()
         except OSError as error:
             raise ConfigError(f"cannot write {folder}: {error.strerror}; change tensorboard_dir") from error
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Add one scalar a metric."""
+        """Add one scalar a metric, to another file where the writer of the one before has died of an error."""
+        writer, self.writer = self.writer or self._open(), None
         for name, value in metrics.items():
-            self.writer.add_scalar(name, value, step)
+            writer.add_scalar(name, value, step)
+        self.writer = writer
 
     def progress(self, step: int) -> None:
         """Nothing to record."""
 
     def close(self) -> None:
         """Write what is buffered."""
-        self.writer.close()
+        if self.writer is not None:
+            self.writer.close()
 
 
 class WandbSink:
@@ -214,6 +217,8 @@ class WandbSink:
 
     With `wandb_init_all_ranks` each process has one, named after its rank.
     """
+
+    refusals: ClassVar[tuple[type[Exception], ...]] = (Exception,)
 
     def __init__(self, config: "Config", *, rank: int = 0) -> None:
         wandb = _optional_import("wandb", key="use_wandb", install="pip install wandb")
@@ -250,6 +255,8 @@ class WandbSink:
 
 class CometSink:
     """An experiment at Comet; COMET_START_ONLINE=false keeps it on disk."""
+
+    refusals: ClassVar[tuple[type[Exception], ...]] = (Exception,)
 
     def __init__(self, config: "Config") -> None:
         comet = _optional_import("comet_ml", key="use_comet", install="pip install comet_ml")
@@ -289,8 +296,8 @@ def console_sinks(total_steps: int | None) -> Sequence[Sink]:
     sinks: list[Sink] = [BarSink(total_steps)] if sys.stderr.isatty() else []
     if not (sys.stderr.isatty() and sys.stdout.isatty()):
         sinks.append(LineSink(total_steps, sys.stdout))
-    elif isinstance(sys.stdout, Tee):
-        sinks.append(LineSink(total_steps, sys.stdout.copy))
+    elif isinstance(sys.stdout, CopiedStream):
+        sinks.append(LineSink(total_steps, cast(TextIO, sys.stdout.copy)))
     return sinks
 
 
@@ -388,9 +395,3 @@ def _optional_import(name: str, *, key: str, install: str) -> ModuleType:
 
 def _number(value: SupportsFloat) -> float:
     return value if isinstance(value, int) else float(value)
-
-
-def _json(value: float) -> float | str:
-    if math.isfinite(value):
-        return value
-    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

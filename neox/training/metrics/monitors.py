@@ -15,6 +15,7 @@ from neox.checkpoint.native.manifest import Progress
 from neox.config import Config
 from neox.training.engine import Engine
 from neox.training.loop import Callback, Step
+from neox.training.metrics.expert_load import ExpertLoad
 from neox.training.metrics.loggers import MetricLog
 from neox.training.state import (
     local_state,
@@ -35,6 +36,8 @@ def monitors(engine: Engine, log: MetricLog, *, last_iteration: int) -> list[Cal
         found.append(ParameterFigures(engine, log, last_iteration=last_iteration))
     if settings.log_gradient_noise_scale:
         found.append(GradientNoiseScale(engine, log, last_iteration=last_iteration))
+    if engine.config.model.has_experts:
+        found.append(ExpertLoad(engine, log))
     return found
 
 
@@ -192,13 +195,14 @@ class GradientNoiseScale:
         engine.watch_gradients(self._add)
 
     def before_training(self, progress: Progress) -> None:
-        """Nothing to do."""
+        """Begin a window."""
+        self._restart()
 
     def after_step(self, step: Step) -> None:
         """Close a window that is full; report when due."""
         self.inverse_sizes.append(1.0 / step.samples)
         if step.skipped:
-            self._restart()  # what overflowed is no gradient
+            self._restart()  # what was left out is no gradient
         elif len(self.inverse_sizes) == self.steps:
             self._close()
         if is_report(self.engine.config, step.progress.iteration, self.last_iteration):

@@ -9,7 +9,6 @@ from neox.errors import ConfigError
 from neox.training.engine import Engine
 from neox.training.loop import Callback, Step
 from neox.training.metrics.loggers import MetricLog, run_folder
-from neox.training.metrics.monitors import is_report
 from neox.training.metrics.timers import StepTimers
 
 
@@ -21,21 +20,21 @@ def profilers(engine: Engine, log: MetricLog, *, last_iteration: int) -> list[Ca
         # Before PhaseTimes, which takes what the timers measured.
         found.append(PipelineOperations(engine))
     if settings.wall_clock_breakdown:
-        found.append(PhaseTimes(engine, log, last_iteration=last_iteration))
+        found.append(PhaseTimes(engine, log))
     if settings.profile:
         found.append(Trace(engine, last_iteration=last_iteration))
     if settings.memory_profiling and torch.cuda.is_available():
         found.append(MemoryHistory(engine, last_iteration=last_iteration))
     if (given.comms_logger or {}).get("enabled"):
-        found.append(CommunicationSummary(last_iteration=last_iteration))
+        found.append(CommunicationSummary())
     return found
 
 
 class PhaseTimes:
     """`timers/<phase>`: mean seconds of a step in each of its phases since the last report, on rank 0."""
 
-    def __init__(self, engine: Engine, log: MetricLog, *, last_iteration: int) -> None:
-        self.engine, self.log, self.last_iteration = engine, log, last_iteration
+    def __init__(self, engine: Engine, log: MetricLog) -> None:
+        self.engine, self.log = engine, log
         self.since = 0
 
     def before_training(self, progress: Progress) -> None:
@@ -46,7 +45,7 @@ class PhaseTimes:
     def after_step(self, step: Step) -> None:
         """Report when due."""
         iteration = step.progress.iteration
-        if is_report(self.engine.config, iteration, self.last_iteration):
+        if step.is_last or iteration % self.engine.config.logging.log_interval == 0:
             steps, self.since = iteration - self.since, iteration
             self.log.log(iteration, {f"timers/{name}": seconds / steps for name, seconds in self._take().items()})
 
@@ -75,9 +74,10 @@ class Trace:
 
     def after_step(self, step: Step) -> None:
         """Begin or end when due."""
-        if self.profiler is not None and step.progress.iteration >= self.last:
+        if self.profiler is not None and (step.is_last or step.progress.iteration >= self.last):
             self._end()
-        self._begin_before(step.progress.iteration + 1)
+        if not step.is_last:
+            self._begin_before(step.progress.iteration + 1)
 
     def _begin_before(self, iteration: int) -> None:
         if self.profiler is None and self.first <= iteration <= self.last:
@@ -120,7 +120,7 @@ class MemoryHistory:
 
     def after_step(self, step: Step) -> None:
         """End when due."""
-        if self.on and step.progress.iteration >= self.last:
+        if self.on and (step.is_last or step.progress.iteration >= self.last):
             self._write()
             torch.cuda.memory._record_memory_history(enabled=None)
             self.on = False
@@ -132,15 +132,12 @@ class MemoryHistory:
 class CommunicationSummary:
     """DeepSpeed's table of what it communicated, printed at the end."""
 
-    def __init__(self, *, last_iteration: int) -> None:
-        self.last_iteration = last_iteration
-
     def before_training(self, progress: Progress) -> None:
         """Nothing to do."""
 
     def after_step(self, step: Step) -> None:
         """Print, once."""
-        if step.progress.iteration == self.last_iteration:
+        if step.is_last:
             import deepspeed.comm
 
             deepspeed.comm.log_summary()

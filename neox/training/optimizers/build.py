@@ -95,6 +95,8 @@ def build_optimizer(
     groups = parameter_groups(named, settings.weight_decay)
     if settings.type == "sm3":
         return SM3(_with_shards(groups), lr=settings.lr, mesh=mesh or Mesh(), **settings.params)
+    if settings.type == "adam8bit" and mesh is not None and mesh.tensor_size > 1:
+        groups = _divided_apart(groups)
     return _elementwise(settings, groups)
 
 
@@ -127,6 +129,20 @@ def _build_muon(named: list[tuple[str, nn.Parameter]], config: Config, mesh: Mes
         first = {"params": matrices, "weight_decay": settings.weight_decay, "name": "muon_params", "orthogonal": True}
         groups = [*_with_shards([first]), *groups]
     return Muon(groups, lr=settings.lr, mesh=mesh, model=config.model, **({"adamw_lr": None} | settings.params))
+
+
+def _divided_apart(groups: list[Group]) -> list[Group]:
+    """Each group as two: what tensor ranks hold parts of, and what all of them hold.
+
+    A block of 8-bit moments has one scale. Above ZeRO 0 a group is flattened, and a block that held the end of one
+    parameter and the beginning of the next would give a replicated one other moments on each tensor rank.
+    """
+    apart = []
+    for group in groups:
+        for is_divided in (True, False):
+            held = [p for p in group["params"] if p.tensor_model_parallel is is_divided]
+            apart.append(group | {"params": held})
+    return [group for group in apart if group["params"]]
 
 
 def _with_shards(groups: list[Group]) -> list[Group]:

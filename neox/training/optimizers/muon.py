@@ -14,10 +14,13 @@ from torch.optim import AdamW
 
 from neox.config import ModelConfig
 from neox.parallel.mesh import Mesh
-from neox.parallel.splits import join_shards, row_groups, take_shard
+from neox.parallel.splits import join_shards, of_any_expert, row_groups, take_shard
 from neox.training.optimizers.shares import Share, complete, shares
 
-MATRICES = ("attention.query_key_value.weight", "attention.dense.weight", "mlp.linear1.weight", "mlp.linear2.weight")
+MATRICES = (
+    *("attention.query_key_value.weight", "attention.dense.weight", "mlp.linear1.weight", "mlp.linear2.weight"),
+    *("mlp.experts.linear1.weight", "mlp.experts.linear2.weight"),
+)
 """Parameters of a block that Muon updates, by local name."""
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -26,7 +29,7 @@ _TINY = 1e-7
 
 def is_matrix(name: str) -> bool:
     """Whether Muon updates the parameter of this canonical name."""
-    return name.split(".", 2)[2] in MATRICES
+    return of_any_expert(name.split(".", 2)[2]) in MATRICES
 
 
 def orthogonalize(matrix_MN: torch.Tensor, *, steps: int, dtype: torch.dtype) -> torch.Tensor:

@@ -1,0 +1,70 @@
+"""Writing a checkpoint again where storage refused it."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from neox.checkpoint.native.commit import prune_checkpoints
+from neox.checkpoint.native.manifest import LATEST
+from neox.checkpoint.native.store import Team
+from neox.errors import UnsavedError
+from neox.patience import Patience
+
+_GIGA = 1e9
+
+
+def write_patiently(
+    write: Callable[[], Path],
+    root: Path,
+    *,
+    team: Team,
+    patience: Patience,
+    keep: int | None,
+    tell: Callable[[str], None],
+) -> Path:
+    """Call `write` until it succeeds or time is up; what it left of a failed try is gone by then. A collective.
+
+    Where the disk is full, those checkpoints go that would go after this one is written: all but the last `keep` - 1.
+
+    Args:
+        write: writes the checkpoint and returns its folder; raises on all ranks if it fails on one.
+        root: the folder of checkpoints.
+        team: the ranks that write together.
+        patience: how long to try, from the first failure on.
+        keep: checkpoints to keep; None for all.
+        tell: says a line, once for all ranks.
+
+    Raises:
+        UnsavedError: on every rank.
+    """
+    pauses = patience.pauses()
+    told = ""
+    while True:
+        try:
+            folder = write()
+        except UnsavedError as error:
+            pause = team.gather(next(pauses, None))[0]
+            if pause is None:
+                raise
+            if team.rank == 0 and str(error) != told:
+                told = str(error)
+                tell(f"{told}{_space(root)}; trying again for {patience.seconds:.0f} s")
+            if team.rank == 0 and error.is_full and keep is not None and keep > 1:
+                for name in prune_checkpoints(root, keep - 1):
+                    tell(f"{root / name}: deleted to make room (keep_last_n_checkpoints: {keep})")
+            patience.sleep(pause)
+        else:
+            if told:
+                tell(f"{folder}: saved now")
+            return folder
+
+
+def _space(root: Path) -> str:
+    """What is free below `root`, and what the newest checkpoint there takes."""
+    try:
+        free = f"; {shutil.disk_usage(root).free / _GIGA:.1f} GB are free"
+        newest = root / (root / LATEST).read_text().strip()
+        taken = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
+    except OSError:
+        return ""
+    return f"{free}, {newest.name} takes {taken / _GIGA:.1f} GB"

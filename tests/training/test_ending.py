@@ -1,0 +1,172 @@
+"""Runs that are asked to end: all ranks after the same step, with a whole checkpoint, and on from there."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from training.layouts import ADAMW, MODEL, TRAINING
+
+from neox.checkpoint.native.integrity import damages
+from neox.config import config_from_dict
+from neox.training.ending import Pace
+
+STEPS = 12
+
+
+def settings(save: Path, corpus: str, **changes: Any) -> dict[str, Any]:
+    run = {"data_path": corpus, "save": str(save), "load": str(save), "checkpoint_factor": 1000, "log_interval": 1}
+    run |= {"train_iters": STEPS, "model_parallel_size": 2, "hidden_dropout": 0.1, "requeue_status": 75}
+    return MODEL | TRAINING | ADAMW | run | changes
+
+
+def losses(save: Path) -> list[tuple[int, float]]:
+    records = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+    return [(record["step"], record["train/lm_loss"]) for record in records]
+
+
+def train_asked(flat: dict[str, Any], rank: int, moment: str, ask: Callable[[Path], object]) -> tuple[int, int, str]:
+    """Train, and on one rank ask for the end: at the start, in the fourth step, or in the last one of the run.
+
+    Returns:
+        Iteration after which it ended, exit status, the last line that was written to stderr.
+    """
+    import io
+    from contextlib import redirect_stderr
+
+    import neox.training.ending as ending
+    import neox.training.run as run
+    from neox.training.plain import PlainEngine
+
+    torch.set_num_threads(1)
+    ending._SECONDS_BETWEEN_LOOKS = 0.0  # a whole run takes less than one second
+    step, build, steps = PlainEngine.train_step, run.build_datasets, 0
+    is_asked = int(os.environ["RANK"]) == rank
+
+    def counted(engine: PlainEngine, batch: Any) -> torch.Tensor:
+        nonlocal steps
+        steps += 1
+        if is_asked and ((steps == 4 and moment == "fourth") or (steps == STEPS - 10 and moment == "last")):
+            ask(Path(flat["save"]))
+        return step(engine, batch)
+
+    def built(*arguments: Any, **named: Any) -> Any:
+        if is_asked and moment == "start":
+            ask(Path(flat["save"]))
+        return build(*arguments, **named)
+
+    PlainEngine.train_step, run.build_datasets = counted, built  # type: ignore[assignment,method-assign]
+    with redirect_stderr(io.StringIO()) as said:
+        outcome = run.train(config_from_dict(flat, world_size=4))
+    return outcome.progress.iteration, outcome.status, (said.getvalue().splitlines() or [""])[-1]
+
+
+def warned(save: Path) -> None:
+    os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def interrupted(save: Path) -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def stopped(save: Path) -> None:
+    (save / "STOP").touch()
+
+
+def late(save: Path) -> None:
+    now = time.time
+    time.time = lambda: now() + 1e6
+
+
+def not_asked(save: Path) -> None:
+    raise AssertionError("nobody asks")
+
+
+def one_answer(found: list[tuple[int, int, str]]) -> tuple[int, int, str]:
+    """What all ranks agree on, and what the first one said of it; the others say nothing."""
+    assert len({(iteration, status) for iteration, status, _ in found}) == 1
+    assert [said for _, _, said in found[1:]] == [""] * 3
+    return found[0]
+
+
+def test_all_ranks_end_after_the_same_step_and_go_on_from_there(tmp_path: Path, corpus: str) -> None:
+    """One run in five turns, each ended in another way on one rank of four, against the same run in one turn."""
+    flat = settings(tmp_path / "turns", corpus)
+    save = tmp_path / "turns"
+
+    def turn(rank: int, moment: str, ask: Callable[[Path], object], **changes: Any) -> tuple[int, int, str]:
+        return one_answer(run_ranks(train_asked, 4, flat | changes, rank, moment, ask))
+
+    way_on = "; the same command goes on from there"
+    # The step in which it is asked, and the one in which the others hear of it.
+    assert turn(3, "fourth", warned) == (
+        5,
+        75,
+        f"SIGUSR1: ended after iteration 5 of 12; saved in {save / 'global_step5'}{way_on}",
+    )
+    assert damages(save / "global_step5") == []
+    assert turn(2, "start", interrupted)[:2] == (5, 0)
+    assert turn(0, "fourth", late, time_limit="24:00:00") == (
+        10,
+        75,
+        f"time_limit 86400 s: ended after iteration 10 of 12; saved in {save / 'global_step10'}{way_on}",
+    )
+    (save / "STOP").touch()
+    assert turn(0, "never", not_asked) == (
+        10,
+        0,
+        f"stop_file {save / 'STOP'}: ended before the first step, at iteration 10 of 12; nothing new to save",
+    )
+    assert not (save / "STOP").exists()
+    # Too late to end early: what ends is the run.
+    assert turn(2, "last", warned)[:2] == (12, 0)
+    whole = settings(tmp_path / "whole", corpus)
+    run_ranks(train_asked, 4, whole, 0, "never", not_asked)
+    assert losses(save) == losses(tmp_path / "whole")
+    assert (save / "latest").read_text() == "global_step12"
+
+
+def test_a_second_interrupt_ends_a_process_that_hangs_in_a_library() -> None:
+    """The main thread never gets to run a handler: it waits for a lock that it has itself."""
+    script = """
+import ctypes
+from neox.training.signals import noted_signals
+libc, lock = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+with noted_signals():
+    print("ready", flush=True)
+    libc.pthread_mutex_lock(lock)
+    libc.pthread_mutex_lock(lock)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stderr.readline().startswith(b"SIGINT: the run ends after its step")
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == b""
+    assert process.returncode == 130
+
+
+def test_time_that_is_kept_free_before_a_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, save = 0.0, None
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    pace = Pace(lambda: save, unknown_save=60.0)
+    pace.begin()
+    for step, callbacks in ((100.0, 0.5), (2.0, 0.5), (3.0, 7.0), (1.0, 0.5)):
+        now += step
+        pace.step_done()
+        now += callbacks
+        pace.callbacks_done()
+    # The first step, in which kernels are compiled, does not count.
+    assert pace.seconds_to_end() == 2 * (3 + 7) + 60 + 5
+    save = 12.0
+    assert pace.seconds_to_end() == 2 * (3 + 7) + 12 + 5

@@ -1,0 +1,152 @@
+"""Who is named: from what every rank has begun, and from whether it gets on."""
+
+import asyncio
+import time
+from typing import Any
+
+import pytest
+
+from neox.watch import phase, signs
+from neox.watch.report import places, ranges
+from neox.watch.server import Server
+from neox.watch.verdict import holding_up
+
+TENSOR = {0: [0, 1], 1: [0, 1], 2: [2, 3], 3: [2, 3]}
+DATA = {0: [0, 2], 1: [1, 3], 2: [0, 2], 3: [1, 3]}
+
+
+def standings(begun: dict[int, tuple[int, int]]) -> dict[int, dict[str, Any]]:
+    """Collectives that each of four ranks has begun in its tensor-parallel and its data-parallel group."""
+    return {
+        rank: {"started": [(f"t{TENSOR[rank][0]}", TENSOR[rank], tensor), (f"d{DATA[rank][0]}", DATA[rank], data)]}
+        for rank, (tensor, data) in begun.items()
+    }
+
+
+def test_the_wait_is_followed_to_its_end() -> None:
+    # 2 has not come to the tensor group's 8th, so 3 waits there; 0 and 1 wait for 2 and 3 in the data groups.
+    assert holding_up(standings({0: (8, 4), 1: (8, 4), 2: (7, 3), 3: (8, 3)})) == [2]
+
+
+def test_ranks_that_wait_for_each_other_are_all_named() -> None:
+    assert holding_up(standings({0: (8, 3), 1: (7, 3), 2: (7, 4), 3: (7, 3)})) == [1]
+    assert holding_up(standings({0: (8, 3), 1: (7, 4), 2: (7, 4), 3: (8, 3)})) == [0, 1, 2, 3]
+
+
+def test_nobody_is_behind() -> None:
+    assert holding_up(standings(dict.fromkeys(range(4), (8, 4)))) == []
+
+
+def test_a_rank_that_never_came_to_a_group_and_messages() -> None:
+    world = {rank: {"started": [("", None, 5)]} for rank in range(3)}
+    world[1] = {"started": []}
+    assert holding_up(world) == [1]
+    # Of a pipeline: stage 1 has not taken the second message of stage 0, and stage 2 waits for one of stage 1.
+    stages = {
+        0: {"started": [("0>1", [0, 1], 2)]},
+        1: {"started": [("0>1", [0, 1], 1), ("1>2", [1, 2], 0)]},
+        2: {"started": [("1>2", [1, 2], 1)]},
+    }
+    assert holding_up(stages) == [1]
+
+
+def judged(idle: dict[int, float], begun: dict[int, tuple[int, int]]) -> tuple[str, list[int]] | None:
+    """The verdict about ranks that have been idle for so many seconds, where a minute is allowed."""
+    said: list[str] = []
+    server = Server(size=4, token="", timeout=60.0, interval=5.0, say=said.append)
+    found = standings(begun)
+    for peer in server._peers:
+        peer.sign = {"idle": idle[peer.rank]}
+        peer.standing = peer.sign | found[peer.rank]
+    return asyncio.run(server._verdict())
+
+
+WAITING = {0: (8, 4), 1: (8, 4), 2: (7, 3), 3: (8, 3)}
+
+
+def test_a_stalled_rank_is_to_blame() -> None:
+    verdict = judged({0: 70.0, 1: 70.0, 2: 65.0, 3: 70.0}, WAITING)
+    assert verdict == ("rank 2 has not got on for 65.0 s, and the others wait for it", [2])
+
+
+def test_a_wait_for_a_rank_that_works_is_lawful() -> None:
+    """One builds an index for hours, the others wait in a barrier."""
+    assert judged({0: 7000.0, 1: 7000.0, 2: 3.0, 3: 7000.0}, WAITING) is None
+
+
+def test_all_ranks_stall_and_none_is_behind() -> None:
+    verdict = judged(dict.fromkeys(range(4), 61.0), dict.fromkeys(range(4), (8, 4)))
+    assert verdict == ("no rank has got on for 61.0 s, and none is behind the others", [0, 1, 2, 3])
+    assert judged({0: 61.0, 1: 61.0, 2: 61.0, 3: 5.0}, dict.fromkeys(range(4), (8, 4))) is None
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time, and the computing time of this process, as the watch sees them."""
+    now = [1000.0, 10.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "process_time", lambda: now[1])
+    signs.begin()
+    return now
+
+
+def looks(clock: list[float], idleness: signs.Idleness, *, computing: float) -> float:
+    """Look every five seconds for a minute, in which the process computes for so many seconds each time."""
+    for _ in range(12):
+        clock[0], clock[1] = clock[0] + 5.0, clock[1] + computing
+        idle = idleness.look()
+    return idle
+
+
+def test_computing_counts_outside_of_training_only(clock: list[float]) -> None:
+    idleness = signs.Idleness(5.0)
+    assert looks(clock, idleness, computing=3.0) == 0.0
+    assert looks(clock, idleness, computing=0.001) == 60.0
+    signs.at_step(1)
+    assert looks(clock, idleness, computing=3.0) == 55.0
+    with phase("saving"):
+        assert looks(clock, idleness, computing=3.0) == 0.0
+
+
+def test_a_person_may_take_long(clock: list[float]) -> None:
+    idleness = signs.Idleness(5.0)
+    with phase("waiting for a prompt", lawful=True):
+        assert looks(clock, idleness, computing=0.0) == 0.0
+
+
+def test_a_process_that_was_stopped_itself_begins_anew(clock: list[float]) -> None:
+    idleness = signs.Idleness(5.0)
+    clock[0] += 3600.0
+    assert idleness.look() == 0.0
+
+
+def test_places_of_a_thousand_ranks() -> None:
+    assert ranges([*range(512), 513, 1000, 1001]) == "0-511,513,1000-1001"
+    last = {"name": "all_reduce", "call": 5, "elements": 8, "ranks": 2, "inside": True, "failed": False, "seconds": 1.0}
+    place = {"step": 3, "phase": "training", "last": last, "stacks": {"": ["neox/training/plain.py:1 train_step"]}}
+    other = place | {"stacks": {"": ["neox/data/loader.py:9 fetch", *(f"torch/x.py:{n} f" for n in range(40))]}}
+    lines = places({rank: other if rank == 7 else place for rank in range(1000)}, {})
+    assert lines == [
+        "Where every rank stood:",
+        "  rank 7: step 3, in all_reduce (call 5, 8 elements, 2 ranks), for 1.0 s",
+        "    neox/data/loader.py:9 fetch",
+        "    torch/x.py:37 f",
+        "    torch/x.py:38 f",
+        "    torch/x.py:39 f",
+        "  ranks 0-6,8-999: step 3, in all_reduce (call 5, 8 elements, 2 ranks), for 1.0 s",
+        "    neox/training/plain.py:1 train_step",
+    ]
+
+
+def test_who_does_not_know_the_token_is_not_heard() -> None:
+    async def talk() -> tuple[bytes, str]:
+        server = Server(size=1, token="secret", timeout=60.0, interval=5.0, say=print)
+        listening = await asyncio.start_server(server.accept, "127.0.0.1", 0)
+        reader, writer = await asyncio.open_connection(*listening.sockets[0].getsockname())
+        writer.write(b'{"kind":"greeting","token":"guess","rank":0,"host":"h","process":1}\n{"kind":"failed"}\n')
+        answer = await reader.read()
+        writer.close()
+        listening.close()
+        return answer, server._peers[0].state
+
+    assert asyncio.run(talk()) == (b"", "running")
