@@ -31,7 +31,7 @@ from neox.config.resolve_model import resolve_model
 from neox.config.resolve_optimizer import resolve_optimizer, resolve_schedule
 from neox.config.resolve_parallel import resolve_batch, resolve_parallel
 from neox.config.resolve_preference import Surroundings, check_preference
-from neox.config.resolve_reliability import check_bad_steps, check_elastic, check_restarts, note_comparisons
+from neox.config.resolve_reliability import check_bad_steps, check_comparisons, check_elastic, check_restarts
 from neox.config.resolve_training import check_checkpoint, check_data, resolve_training
 from neox.config.schema import fields_with_keys, put
 from neox.config.training import CheckpointConfig, TrainingConfig
@@ -292,9 +292,12 @@ def _resolve_run(apply: Callable[..., None], problems: Problems, notices: list[s
         "deepspeed",
     )
     apply(
-        lambda reliability, parallel: note_comparisons(notices, reliability=reliability, parallel=parallel),
+        lambda reliability, parallel, deepspeed: check_comparisons(
+            problems, notices, reliability=reliability, parallel=parallel, deepspeed=deepspeed
+        ),
         "reliability",
         "parallel",
+        "deepspeed",
     )
     apply(lambda logging: check_logging(logging, problems), "logging")
     apply(lambda launch: check_launch(launch, problems), "launch")

@@ -55,17 +55,20 @@ class ReliabilityConfig(Section):
         600.0,
         "Seconds, or H:MM:SS, in which every process must answer and get on; else all end and name the one.",
         gt=0,
+        rule="Also the time in which all must have come at the start; start, saves and evaluations may take longer.",
     )
     max_restarts: Int = setting(
         0,
         "How often train.py, where it starts the processes, starts them again after one was lost.",
         ge=0,
-        rule="From the newest whole checkpoint of save. Under torchrun, Slurm and Kubernetes their own limit counts.",
+        rule="In a row: a new checkpoint sets the count to 0. From the newest whole checkpoint of save, which must be "
+        "set. Under torchrun, Slurm and Kubernetes their own limit counts.",
     )
     elastic: bool = setting(
         False,
         "Let a run that is taken up have more or fewer data-parallel ranks, with the same global batch.",
-        rule="Needs train_batch_size, or a checkpoint that knows it; hosts that do not answer are left out.",
+        rule="Needs train_batch_size, or the same folder as load and save, whose checkpoint knows it; the micro batch "
+        "is at most that of the configuration. With launcher: ssh, hosts that do not answer are left out.",
     )
     auto_resume: bool | None = setting(
         None,

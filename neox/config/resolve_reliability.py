@@ -70,8 +70,20 @@ def _rewinding(reliability: ReliabilityConfig) -> list[str]:
     return [key for key, is_on in asked.items() if is_on and getattr(reliability, key) == "rewind"]
 
 
-def note_comparisons(notices: list[str], *, reliability: ReliabilityConfig, parallel: ParallelConfig) -> None:
-    """Say what comparing ranks cannot find at this layout."""
+def check_comparisons(
+    problems: Problems,
+    notices: list[str],
+    *,
+    reliability: ReliabilityConfig,
+    parallel: ParallelConfig,
+    deepspeed: DeepSpeedConfig,
+) -> None:
+    """Check that copies are equal in a run in which nothing fails; say what comparing cannot find at this layout."""
+    if reliability.replica_check_interval and (deepspeed.zero_optimization or {}).get("zenflow"):
+        problems.add(
+            "replica_check_interval",
+            "zenflow updates masters while a step is under way, so weights differ from them; set 0",
+        )
     if parallel.data_parallel_size is None:
         return
     of_a_stage = parallel.data_parallel_size * parallel.model_parallel_size

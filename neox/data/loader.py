@@ -13,7 +13,7 @@ from neox.data.blending import SampleSource
 from neox.data.gpt_dataset import Sample
 from neox.data.order import Ranges, advance, read_places
 from neox.data.workers import serve
-from neox.errors import DataError
+from neox.errors import DataError, LostDataError
 
 Batch = dict[str, torch.Tensor]
 
@@ -124,11 +124,17 @@ class BatchLoader:
 class _AsTorchDataset(Dataset[Sample]):
     def __init__(self, source: SampleSource) -> None:
         self.source = source
+        self._lost: LostDataError | None = None
 
     def __getitems__(self, numbers: list[int]) -> list[Sample] | DataError:
         # An error that a worker raises arrives with the worker's traceback as its text; as a value it arrives as it is.
+        if self._lost is not None:  # a worker reads ahead: it need not wait for each batch
+            return self._lost
         try:
             return [self.source[number] for number in numbers]
+        except LostDataError as error:
+            self._lost = error
+            return error
         except DataError as error:
             return error
 

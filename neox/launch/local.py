@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from neox.errors import LaunchError
+from neox.errors import LaunchError, UserError
 from neox.launch.clock import STARTED, started
 from neox.launch.endings import ENDING, exit_status, forwarded_signals
 from neox.launch.environment import LOCAL_LAUNCH, LOOPBACK, Placement, export
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from neox.config import Config
 
 _POLL_SECONDS = 0.05
+_ERROR = "error"
 
 
 def local_worker_count(config: "Config", cuda_devices: int) -> int:
@@ -65,7 +66,7 @@ def run_local(
         heard: list to which the signals are added that this process is sent.
 
     Returns:
-        Exit status: 0 if all succeeded, 2 if any worker ended with 2 (a user's mistake), else that of the
+        Exit status: 0 if all succeeded, 2 if any worker ended with 2 or told of a user's mistake, else that of the
         first to fail, 128 + N for signal N.
 
     Raises:
@@ -77,9 +78,11 @@ def run_local(
             alone = node is None or node.count == 1
             shared = _shared_environment(environ, workers=workers, folder=Path(folder), alone=alone)
             group.start([sys.executable, *argv], places=_places(workers, None if alone else node), environ=shared)
-            return _supervise(group, grace=grace)
+            status = _supervise(group, grace=grace)
         finally:
             group.end()
+        # Whoever met it may have been ended for what others died of.
+        return UserError.exit_status if _was_mistake(Path(folder)) else status
 
 
 def single_placement() -> Placement:
@@ -217,13 +220,18 @@ def _shared_environment(environ: Mapping[str, str], *, workers: int, folder: Pat
         **environ,
         LOCAL_LAUNCH: "1",
         LAUNCHER_PID: str(os.getpid()),
-        ERROR_LOCK: str(folder / "error"),
+        ERROR_LOCK: str(folder / _ERROR),
         STARTED: str(started(environ)),
     }
     if alone and sys.platform.startswith("linux"):
         # gloo otherwise resolves the host's name, which on laptops and behind VPNs leads nowhere.
         variables.setdefault("GLOO_SOCKET_IFNAME", "lo")
     return variables
+
+
+def _was_mistake(folder: Path) -> bool:
+    path = folder / _ERROR
+    return path.exists() and path.read_text() == str(UserError.exit_status)
 
 
 def _available_cores() -> int:

@@ -46,7 +46,7 @@ class RunOverSsh:
         pool, port = self._pool, self._config.launch.master_port
         if number:
             replies = self._call(heard)
-            if replies is None:
+            if replies is None or heard:
                 return None
             pool = self.usable(replies)
             # The port of the attempt before may not be free yet.
@@ -98,6 +98,7 @@ class RunOverSsh:
             SLOTS: ",".join(str(len(slots)) for slots in pool.values()),
             RUN: self._run,
             RESTARTS: str(times_restarted(self._environ) + number),
+            STARTED: str(started(self._environ)),
             STARTED: str(started(self._environ)),
         }
         commands = {}

@@ -1,5 +1,6 @@
 """Starting the ranks of a run again after some of them were lost."""
 
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -92,7 +93,7 @@ def run_with_restarts(attempt: Attempt, restarts: Restarts) -> int:
             if ended is None:
                 return status
             status = ended
-            if heard or restarts.is_final(status):
+            if _asked(heard) or restarts.is_final(status):
                 return status
             in_a_row = 0 if restarts.newest() != before else in_a_row
             if in_a_row >= restarts.limit:
@@ -107,10 +108,15 @@ def pause(seconds: float, heard: list[int]) -> bool:
     """Wait, and say whether that was not cut short by a signal that asks the run to end."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        if heard:
+        if _asked(heard):
             return False
         time.sleep(_POLL_SECONDS)
-    return not heard
+    return not _asked(heard)
+
+
+def _asked(heard: list[int]) -> bool:
+    """Whether one of the signals asks the run to end; SIGUSR2 does not."""
+    return any(signum != signal.SIGUSR2 for signum in heard)
 
 
 def tell(line: str) -> None:

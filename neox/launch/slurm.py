@@ -10,6 +10,7 @@ from pathlib import Path
 
 from neox.errors import LaunchError
 from neox.files import write_whole
+from neox.launch.clock import STARTED
 from neox.launch.reporting import ERROR_LOCK
 from neox.launch.restarts import REQUEUE_STATUS
 from neox.launch.variables import RESTARTS
@@ -79,6 +80,7 @@ def batch_file(job: Job, *, folder: Path, python: str = sys.executable) -> str:
         requeue_status=job.requeue_status,
         limit=job.max_restarts,
         lock=ERROR_LOCK,
+        started=STARTED,
         restarts=RESTARTS,
         step=f"srun --kill-on-bad-exit=1{where} {shlex.join([*job.srun, python, '-u', *job.command])}",
     )
@@ -156,6 +158,8 @@ again() {{
 
 {check}{nodes}# The first process that meets a user's mistake writes 2; srun's own status is that of those it then ends.
 export {lock}=$logs/.mistake-$SLURM_JOB_ID
+# time_limit counts from here, whatever is started again.
+export {started}=$(date +%s)
 
 status={requeue_status}
 restarts=0

@@ -12,6 +12,7 @@ from neox.model.layers import EMBEDDING_INDEX, Decoder, LayerSpec, layer_list
 from neox.model.lora import add_factors, with_fresh_factors
 from neox.model.norms import NORMS
 from neox.model.positions import RotaryEmbedding
+from neox.model.shapes import shapes_only
 from neox.parallel.mesh import Mesh
 from neox.parallel.splits import row_groups, split_dimension, take_shard
 
@@ -46,7 +47,7 @@ def build_layer(
         The layer, its parameters in `dtype`, those of norms in `norm_dtype` where that is given, and each carrying its
         canonical name and whole shape.
     """
-    with torch.device("meta"):
+    with shapes_only():
         layer = spec.build()
         shapes = {name: parameter.shape for name, parameter in layer.named_parameters()}
         if mesh.tensor_size > 1:
@@ -147,5 +148,5 @@ def build_decoder(
 
 def meta_decoder(config: ModelConfig) -> Decoder:
     """The model without memory: names, shapes and counts of any size at no cost."""
-    with torch.device("meta"):
+    with shapes_only():
         return Decoder(config)

@@ -72,12 +72,18 @@ class RotaryEmbedding(nn.Module):
 
     def reset_buffers(self, device: torch.device) -> None:
         """Build the tables on `device`; called again when a model made on the meta device gets its memory."""
+        cos_SR, sin_SR = self._tables(device)
+        self.register_buffer("cos_SR", cos_SR, persistent=False)
+        self.register_buffer("sin_SR", sin_SR, persistent=False)
+
+    def _tables(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         count = max(self.config.seq_length, self.config.max_position_embeddings)
-        positions = torch.arange(count, dtype=torch.float32, device=device)
+        if device.type == "meta":  # torch would import its compiler to compute what has no values
+            cos_SR, sin_SR = torch.empty(2, count, self.ndims // 2, device=device)
+            return cos_SR, sin_SR
         frequencies, amplitude = rotary_frequencies(self.config, device)
-        angles = torch.outer(positions, frequencies)
-        self.register_buffer("cos_SR", angles.cos() * amplitude, persistent=False)
-        self.register_buffer("sin_SR", angles.sin() * amplitude, persistent=False)
+        angles = torch.outer(torch.arange(count, dtype=torch.float32, device=device), frequencies)
+        return angles.cos() * amplitude, angles.sin() * amplitude
 
     def forward(self, x_BSNH: torch.Tensor, positions_BS: torch.Tensor | None = None) -> torch.Tensor:
         """Rotate heads.

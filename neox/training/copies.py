@@ -38,7 +38,7 @@ class Among(Flag):
     OWN = auto()
 
 
-SUMS = tuple(Among)
+SUMS = tuple(among for among in Among if among is not Among.OWN)
 NOBODY = Among(0)
 TIED = "layers.0.word_embeddings.weight"
 
@@ -113,11 +113,15 @@ def _partitioned(engine: Engine, name: str, parameter: nn.Parameter) -> Iterator
 
 
 def _divided(engine: Engine, name: str, parameter: Any) -> Iterator[Held]:
-    """ZeRO 3: a part of everything; small parameters are whole beside that."""
+    """ZeRO 3: a part of everything; small parameters are whole beside that. What is on a drive is left there."""
+    from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
+
     shard, among = _shard_and_copies(engine, name)
     part = engine.mesh.data_rank
     if parameter.ds_persist and parameter.data.numel() == parameter.ds_numel:
         yield Held(name, GATHERED, parameter.data, among | Among.DATA, shard)
+    if parameter.ds_tensor.final_location == OffloadDeviceEnum.nvme:
+        return
     start = parameter.ds_tensor.numel() * part
     real = max(0, min(parameter.ds_tensor.numel(), parameter.ds_numel - start))  # the rest fills up the last part
     weights, states = parameter.ds_tensor.view(-1)[:real], _states_of_stage_3(engine, parameter)
@@ -182,13 +186,16 @@ class Prints:
 def prints_of(engine: Engine) -> Prints:
     """Fingerprint what this rank holds; nothing waits for the device."""
     device = engine.mesh.device
-    things = list(held(engine))
-    prints = torch.stack([fingerprint(thing.values, start=thing.start).to(device) for thing in things])
-    factors = torch.tensor([odd_number(f"{thing.name} {thing.kind}") for thing in things])
-    members = torch.tensor([[among in thing.among for among in SUMS] for thing in things])
-    weighed = prints * factors.to(device)
+    things, factors, found = [], [], []
+    for thing in held(engine):  # one after another: rounded masters are not to be in memory together
+        things.append((thing.key, thing.among))
+        factors.append(odd_number(f"{thing.name} {thing.kind}"))
+        found.append(fingerprint(thing.values, start=thing.start).to(device))
+    prints = torch.stack(found)
+    members = torch.tensor([[compared in among for compared in SUMS] for _, among in things])
+    weighed = prints * torch.tensor(factors).to(device)
     sums = (weighed[:, None] * members.to(device)).sum(dim=0)
-    return Prints(tuple((thing.key, thing.among) for thing in things), prints, sums)
+    return Prints(tuple(things), prints, sums)
 
 
 def all_agree(table: Sequence[Sequence[int]], mesh: Mesh, *, masters_are_whole: bool) -> bool:
@@ -199,7 +206,7 @@ def all_agree(table: Sequence[Sequence[int]], mesh: Mesh, *, masters_are_whole: 
         mesh: for the sizes of the axes.
         masters_are_whole: whether a rank has the masters of all the weights it has, as under ZeRO 3.
     """
-    column = {among: [row[i] for row in table] for i, among in enumerate(SUMS)}
+    column: dict[Among, list[int]] = {among: [row[i] for row in table] for i, among in enumerate(SUMS)}
     groups = {
         Among.DATA: lambda p, d, t: (p, t),
         Among.TENSOR: lambda p, d, t: (p, d),

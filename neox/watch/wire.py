@@ -1,6 +1,7 @@
 """Messages between a run's processes: one JSON object a line over TCP, never anything that could be executed."""
 
 import asyncio
+import functools
 import json
 import os
 import socket
@@ -37,6 +38,7 @@ _kept: list[_Socket] = []
 
 def keep_from_children(connection: asyncio.StreamWriter | _Socket) -> None:
     """Do not let processes forked from this one, data loaders say, hold a connection open after its end."""
+    _watch_forks()
     held = connection.get_extra_info("socket") if isinstance(connection, asyncio.StreamWriter) else connection
     _kept[:] = [held, *(other for other in _kept if other.fileno() >= 0)]
 
@@ -51,7 +53,9 @@ def _let_go() -> None:
     os.close(nothing)
 
 
-os.register_at_fork(after_in_child=_let_go)
+@functools.cache
+def _watch_forks() -> None:
+    os.register_at_fork(after_in_child=_let_go)
 
 
 def listening_socket(*, local: bool) -> socket.socket:

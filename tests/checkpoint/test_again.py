@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import resource
 import signal
 from collections.abc import Callable
@@ -69,8 +70,8 @@ def test_a_limit_of_the_system_that_is_lifted(tmp_path: Path) -> None:
     assert (tmp_path / "latest").read_text() == "global_step2"
     assert disk.now == 3.0
     first, last = disk.lines  # two tries, one line
-    assert "cannot be written (File too large); the last checkpoint is untouched; " in first
-    assert " GB are free, global_step1 takes 0.0 GB; trying again for 100 s" in first
+    assert f"{MODEL_FILE}: cannot be written (File too large); the last checkpoint is untouched; " in first
+    assert re.search(r"; [\d.]+ [GM]B are free, global_step1 takes 0\.0 MB; trying again for 100 s", first)
     assert last == f"{folder}: saved now"
 
 

@@ -2,19 +2,22 @@
 
 Beside the configuration lies a folder `faults`. `poison.json` there lists places of the order of samples; the batch
 that holds one gives NaN whenever it is read. `flip.json` names a rank and a seed; that rank flips one bit of one of its
-parameters before its next step, once, and renames the file.
+parameters before its next step, once, and renames the file. Steps are slowed down, so that a test can keep up.
 """
 
 import json
 import os
 import random
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+SECONDS_OF_A_STEP = 0.05
+"""Added to each."""
 
 
 def flip_one_bit(folder: Path, engine: Any) -> None:
@@ -57,6 +60,7 @@ def install(folder: Path) -> None:
 
     def train_step(engine: Any, batch: Any) -> Any:
         flip_one_bit(folder, engine)
+        time.sleep(SECONDS_OF_A_STEP)
         return train(engine, batch)
 
     BatchMaker.for_step, PlainEngine.train_step = for_step, train_step  # type: ignore[method-assign]

@@ -1,9 +1,11 @@
 """Batch files of `neox.launch slurm` in a real Slurm: submitted, warned, requeued, resumed."""
 
+import os
 import re
+import signal
 import sys
 
-from hosts import Cluster, wait_until
+from hosts import Cluster, rank_process, wait_until
 from tiny_run import Training, losses
 
 PYTHON = sys.executable
@@ -27,22 +29,27 @@ def state_of(made: Cluster, job: str) -> str:
     return found[1] if found else out
 
 
-def test_a_job_that_is_warned_goes_on_where_it_was(slurm: Cluster, training: Training) -> None:
+def test_a_job_that_loses_a_rank_and_is_warned_goes_on_where_it_was(slurm: Cluster, training: Training) -> None:
+    """Nothing says `load`: what is started again goes on from its own checkpoints."""
     save = slurm.folder / "long"
-    words = training.script(save, "train_iters=600", "checkpoint_factor=500", f"load={save}", "preflight=true")
+    words = training.script(save, "train_iters=600", "checkpoint_factor=50", "preflight=true")
     job = submit(slurm, [*words, "--name", "long"])
-    log_of_steps = save / "metrics.jsonl"
-    wait_until(lambda: log_of_steps.is_file() and log_of_steps.stat().st_size > 0, "the first step", 120)
+    log = slurm.folder / "logs" / f"long-{job}.out"
+    wait_until((save / "latest").is_file, "the first checkpoint", 240)
+    os.kill(rank_process(save, 1), signal.SIGKILL)
+    wait_until(lambda: "samples consumed" in log.read_text(), "the restart", 240)
     # What Slurm itself does at --signal's time, which it only checks once a minute.
     status, out = slurm.run("n1", "scancel", "--batch", "--signal=USR1", job)
     assert status == 0, out
-    wait_until(lambda: state_of(slurm, job) == "COMPLETED", "the end of the job", 180)
-    log = (slurm.folder / "logs" / f"long-{job}.out").read_text()
+    wait_until(lambda: state_of(slurm, job) == "COMPLETED", "the end of the job", 300)
+    said = log.read_text()
     assert (save / "latest").read_text() == "global_step600"
-    assert log.count("launcher: Slurm; rank 0 of 2") == 2, log
-    assert log.count("2 hosts: go") == 2, log
-    # What was done when the warning came was saved: no step is repeated.
-    assert "SIGUSR1: ended after iteration" in log, log
+    assert said.count("restart 1 of 3") == 1, said
+    assert said.count("launcher: Slurm; rank 0 of 2") == 3, said
+    assert said.count("2 hosts: go") == 2, said
+    assert said.count("samples consumed") == 2, said
+    # What was done when the warning came was saved: only the steps since a checkpoint before the kill are repeated.
+    assert "SIGUSR1: ended after iteration" in said, said
     assert len(losses(save)) == 600
     assert "Restarts=1" in slurm.run("n1", "scontrol", "show", "job", job)[1]
 

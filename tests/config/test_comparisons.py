@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from neox.config import config_from_dict
+from neox.errors import ConfigError
 
 MODEL = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "seq_length": 32, "max_position_embeddings": 32}
 BATCH = {"train_batch_size": 8, "train_iters": 10}
@@ -29,6 +30,13 @@ def test_stage_3_has_few_copies() -> None:
 def test_one_process_has_none() -> None:
     assert notices(1, **CHECKED) == ["replica_check_interval: one process has nothing twice, so nothing is compared"]
     assert notices(1, **CHECKED, zero_optimization={"stage": 1}) == []
+
+
+def test_zenflow_has_no_copies_in_the_middle_of_a_step() -> None:
+    zero = {"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}
+    with pytest.raises(ConfigError, match=r"^replica_check_interval: zenflow updates masters .*; set 0$"):
+        notices(2, **CHECKED, **zero)
+    assert notices(2, **zero) == []
 
 
 def test_one_rank_a_stage_is_compared_with_nobody() -> None:

@@ -25,9 +25,19 @@ def on_the_cpu(flat: dict[str, Any], world_size: int) -> Curve:
     return run_layout(flat, world_size)
 
 
-def test_fp32_follows_the_cpu(settings: dict[str, Any]) -> None:
-    expected = run_ranks(on_the_cpu, 1, settings, 1)[0]
-    found = run_ranks(run_layout, 1, settings | {"compile": False}, 1)[0]
+EXPERTS = {
+    "moe_num_experts": 4,
+    "moe_top_k": 2,
+    "moe_router_type": "topk",
+    "moe_aux_loss_coeff": 0.02,
+    "train_iters": 5,
+}
+
+
+@pytest.mark.parametrize("changes", [{}, EXPERTS, EXPERTS | {"compile": True}], ids=["mlp", "experts", "compiled"])
+def test_fp32_follows_the_cpu(settings: dict[str, Any], changes: dict[str, Any]) -> None:
+    expected = run_ranks(on_the_cpu, 1, settings | changes | {"compile": False}, 1)[0]
+    found = run_ranks(run_layout, 1, settings | {"compile": False} | changes, 1)[0]
     np.testing.assert_allclose(found.losses, expected.losses, rtol=0, atol=1e-3)
 
 

@@ -252,7 +252,14 @@ def test_named_files_are_there(page: Path) -> None:
 def reported_metrics() -> set[str]:
     """Names of metrics in the code that reports them."""
     training = ROOT / "neox" / "training"
-    sources = ("callbacks.py", "metrics/monitors.py", "metrics/throughput.py")
+    sources = (
+        "callbacks.py",
+        "metrics/monitors.py",
+        "metrics/throughput.py",
+        "metrics/expert_load.py",
+        "guards/rewind.py",
+        "stragglers.py",
+    )
     text = "".join((training / name).read_text(encoding="utf-8") for name in sources)
     names = set(re.findall(r'"((?:train|runtime)/\w+)"', text))
     figures = re.findall(r'"(lm_loss\w*)"', (training / "validation.py").read_text(encoding="utf-8"))

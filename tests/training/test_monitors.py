@@ -197,7 +197,11 @@ def test_memory_history_where_there_is_a_gpu(tmp_path: Path, monkeypatch: pytest
     history.before_training(SimpleNamespace(iteration=0))
     observers[0](0, 0, 0, 0)
     for iteration in range(1, 6):
-        history.after_step(SimpleNamespace(progress=SimpleNamespace(iteration=iteration)))
+        history.after_step(SimpleNamespace(progress=SimpleNamespace(iteration=iteration), is_last=False))
     path = str(tmp_path / "mem" / "rank3.pickle")
     assert calls == [{"max_entries": 100_000}, path, path, {"enabled": None}]
+    calls.clear()
+    history.before_training(SimpleNamespace(iteration=0))
+    history.after_step(SimpleNamespace(progress=SimpleNamespace(iteration=1), is_last=True))  # the run was asked to end
+    assert calls[1:] == [path, {"enabled": None}]
     assert (tmp_path / "mem").is_dir()

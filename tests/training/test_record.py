@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,9 @@ def test_every_start_leaves_a_record(tmp_path: Path, corpus: str) -> None:
     resolved = yaml.safe_load((first / "resolved.yml").read_text())
     assert resolved["train_batch_size"] == 16
     assert resolved["io_retry_time"] == 120.0  # which nothing set
+    logs = [(tmp_path / "logs" / "ranks" / f"rank-{rank:05d}.log").read_text() for rank in (0, 1)]
+    assert re.search(r" rank 0 step 1 \|  samples/sec.*\n(.*\n)*.* rank 0 step 2 \|  samples/sec", logs[0])
+    assert len(re.findall(r" rank 1 step \S+ \| started: rank 1 of 2 on ", logs[1])) == 2
     again = json.loads((second / "run.json").read_text())
     assert (again["goes_on_from"], again["iteration"]) == (str(tmp_path / "global_step1"), 1)
     assert again["consumed_samples"] == 16

@@ -1,6 +1,8 @@
 """Who is named: from what every rank has begun, and from whether it gets on."""
 
 import asyncio
+import os
+import socket
 import time
 from typing import Any
 
@@ -10,6 +12,7 @@ from neox.watch import phase, signs
 from neox.watch.report import places, ranges
 from neox.watch.server import Server
 from neox.watch.verdict import holding_up
+from neox.watch.wire import keep_from_children
 
 TENSOR = {0: [0, 1], 1: [0, 1], 2: [2, 3], 3: [2, 3]}
 DATA = {0: [0, 2], 1: [1, 3], 2: [0, 2], 3: [1, 3]}
@@ -150,3 +153,21 @@ def test_who_does_not_know_the_token_is_not_heard() -> None:
         return answer, server._peers[0].state
 
     assert asyncio.run(talk()) == (b"", "running")
+
+
+def test_a_forked_process_does_not_hold_a_connection_open() -> None:
+    ours, theirs = socket.socketpair()
+    keep_from_children(ours)
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(writer)
+        os.read(reader, 1)  # until the test ends
+        os._exit(0)
+    theirs.settimeout(30)
+    with ours, theirs:
+        ours.close()
+        assert theirs.recv(1) == b""
+    os.close(writer)
+    os.waitpid(child, 0)
+    os.close(reader)

@@ -10,8 +10,6 @@ from neox.checkpoint.native.store import Team
 from neox.errors import UnsavedError
 from neox.patience import Patience
 
-_GIGA = 1e9
-
 
 def write_patiently(
     write: Callable[[], Path],
@@ -37,7 +35,7 @@ def write_patiently(
     Raises:
         UnsavedError: on every rank.
     """
-    pauses = patience.pauses()
+    pauses, end = patience.pauses(), 0.0
     told = ""
     while True:
         try:
@@ -46,9 +44,10 @@ def write_patiently(
             pause = team.gather(next(pauses, None))[0]
             if pause is None:
                 raise
+            end = end or patience.clock() + patience.seconds
             if team.rank == 0 and str(error) != told:
                 told = str(error)
-                tell(f"{told}{_space(root)}; trying again for {patience.seconds:.0f} s")
+                tell(f"{told}{_space(root)}; trying again for {end - patience.clock():.0f} s")
             if team.rank == 0 and error.is_full and keep is not None and keep > 1:
                 for name in prune_checkpoints(root, keep - 1):
                     tell(f"{root / name}: deleted to make room (keep_last_n_checkpoints: {keep})")
@@ -62,9 +61,13 @@ def write_patiently(
 def _space(root: Path) -> str:
     """What is free below `root`, and what the newest checkpoint there takes."""
     try:
-        free = f"; {shutil.disk_usage(root).free / _GIGA:.1f} GB are free"
+        free = f"; {_size(shutil.disk_usage(root).free)} are free"
         newest = root / (root / LATEST).read_text().strip()
         taken = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
     except OSError:
         return ""
-    return f"{free}, {newest.name} takes {taken / _GIGA:.1f} GB"
+    return f"{free}, {newest.name} takes {_size(taken)}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

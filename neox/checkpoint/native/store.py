@@ -142,8 +142,10 @@ def _together(team: Team, work: Callable[[], Result]) -> list[Result]:
             f"{error.filename or 'checkpoint'}: cannot be written ({error.strerror or error})", error.errno
         )
     except UserError as error:
-        refused = error.__cause__.errno if isinstance(error.__cause__, OSError) else None
-        outcome = _Failure(f"checkpoint cannot be written: {error}", refused)
+        if isinstance(error.__cause__, OSError):
+            outcome = _Failure(str(error).partition(";")[0], error.__cause__.errno)
+        else:
+            outcome = _Failure(f"checkpoint cannot be written: {error}", None)
     outcomes = team.gather(outcome)
     failures = [found for found in outcomes if isinstance(found, _Failure)]
     if not failures:

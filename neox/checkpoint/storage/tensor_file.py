@@ -10,7 +10,8 @@ Format (github.com/huggingface/safetensors, README): uint64 length of the header
 import json
 import os
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -203,7 +204,7 @@ class TensorFileWriter:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._file:
+        with self._naming_the_file(), self._file:
             if kind is None:
                 missing = [name for name in self._expected if name not in self.checksums]
                 assert not missing, f"{self.path}: {missing[0]} was announced and did not come"
@@ -220,9 +221,18 @@ class TensorFileWriter:
 
     def _write(self, data: bytes | memoryview) -> None:
         view = memoryview(data)
-        while view:
-            view = view[self._file.write(view) :]
+        with self._naming_the_file():
+            while view:
+                view = view[self._file.write(view) :]
         self._behind.wrote(len(data))
+
+    @contextmanager
+    def _naming_the_file(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            error.filename = error.filename or str(self.path)  # which a write does not know
+            raise
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:

@@ -4,6 +4,7 @@ from collections import deque
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 
 from neox.checkpoint.native.manifest import Progress
 from neox.data.order import Ranges, advance, read_places
@@ -136,9 +137,13 @@ class Guards:
 
 
 def _figures(seen: list[_Seen]) -> list[tuple[float, float]]:
-    """Loss and norm of each step, with one wait for the device."""
+    """Sums over all ranks of the loss and the norm of each step, with one wait for the device.
+
+    A sum is finite where it is on every rank, so all ranks judge alike, also where only one has gone wrong.
+    """
     device = seen[0].loss.device
     norms = [torch.as_tensor(0.0 if one.norm is None else one.norm, device=device) for one in seen]
     figures = torch.stack((torch.stack([one.loss for one in seen]).float(), torch.stack(norms).float()))
+    dist.all_reduce(figures)
     losses, numbers = figures.tolist()
     return list(zip(losses, numbers, strict=True))

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from neox.errors import ConfigError, UserError
+from neox.launch.environment import LOCAL_LAUNCH
+from neox.launch.reporting import ERROR_LOCK
 from neox.training.logs.files import AppendedFile, Copy, HostFile, RankFile
 from neox.training.logs.once import Once
 from neox.training.logs.streams import CopiedStream, OneOfMany
@@ -60,14 +62,16 @@ def logged_output(config: "Config", environ: Mapping[str, str] = os.environ) -> 
             raise ConfigError(f"cannot write {error.filename}: {error.strerror}; change log_dir or save") from error
         if own:
             own[0].write(f"started: rank {rank} of {world} on {socket.gethostname()}, process {os.getpid()}\n")
-        if once is not None and environ.get("LOCAL_RANK") == "0":
-            stack.callback(once.forget)
+        if once is not None:
+            stack.callback(once.forget)  # the last rank to leave leaves nothing
         with _replaced_streams(rank, output, errors, once):
             yield
 
 
 def _own_folder(environ: Mapping[str, str]) -> Path:
-    """A folder that the ranks of this run on this host share."""
+    """A folder that the ranks of this run on this host share: the launcher's own, which it removes, if it has one."""
+    if environ.get(LOCAL_LAUNCH) and environ.get(ERROR_LOCK):
+        return Path(environ[ERROR_LOCK]).with_name("said")
     return Path(tempfile.gettempdir()) / f"neox-said-{os.getuid()}-{environ.get('MASTER_PORT', '0')}"
 
 

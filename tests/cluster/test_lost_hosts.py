@@ -1,4 +1,4 @@
-"""Runs on two hosts that lose a process, then a host, go on by themselves, and have the losses of one that lost none."""
+"""Runs on two hosts that lose a process, then a host, go on alone, and have the losses of one that lost none."""
 
 import contextlib
 import os
@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,6 +44,22 @@ def has_rank(save: Path, rank: int) -> bool:
         return False
 
 
+def seconds_to_next_step(save: Path) -> float:
+    """From now on, when a fault has just been caused, to the first step of other processes."""
+    begun, log = time.monotonic(), save / "metrics.jsonl"
+
+    def has_new_ranks() -> bool:
+        with contextlib.suppress(ProcessLookupError):
+            return rank_process(save, 0) != first
+        return False
+
+    first = rank_process(save, 0)
+    wait_until(has_new_ranks, "a new rank 0", 300)
+    before = log.stat().st_size
+    wait_until(lambda: log.stat().st_size > before, "the next step", 300)
+    return time.monotonic() - begun
+
+
 def start_logged(made: Cluster, host: str, log: Path, words: list[str]) -> "subprocess.Popen[str]":
     """Start a command on a host; what it prints goes to a file, as nobody reads while it runs."""
     return made.start(host, "sh", "-c", 'log=$1; shift; exec "$@" >$log 2>&1', "sh", log, *words)
@@ -58,17 +75,22 @@ def cut(two: Cluster, host: str) -> Iterator[None]:
         two.set_link(host, "up")
 
 
+def tell(capsys: pytest.CaptureFixture[str], launcher: str, killed: float, alone: float) -> None:
+    with capsys.disabled():
+        print(f"\n{launcher}: next step {killed:.1f} s after a rank was killed, {alone:.1f} s after a link was cut")
+
+
 def assert_done(save: Path, undisturbed: list[float], out: str) -> None:
     assert (save / "latest").read_text() == f"global_step{STEPS}", out
     assert losses(save) == pytest.approx(undisturbed, abs=1e-5)
 
 
 def test_torchrun_goes_on_with_the_host_that_is_left(
-    two: Cluster, training: Training, undisturbed: list[float]
+    two: Cluster, training: Training, undisturbed: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A rank is killed, and both hosts start again; then a link is cut, and one goes on alone."""
     save = two.folder / "torchrun-restarts"
-    meet = ["--nnodes", "1:2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "n1:29640", "--rdzv-id", "restarts"]
+    meet = ["--nnodes", "1:2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "n1:29641", "--rdzv-id", "restarts"]
     meet += ["--rdzv-conf", "join_timeout=120,last_call_timeout=5", "--max-restarts", "3"]
     start = [PYTHON, "-m", "torch.distributed.run", "--nproc-per-node", "1", *meet]
     logs: list[Path] = [two.folder / f"torchrun-restarts-{host}.log" for host in NAMES]
@@ -77,8 +99,10 @@ def test_torchrun_goes_on_with_the_host_that_is_left(
     try:
         wait_for_checkpoint(save, 10)
         os.kill(rank_process(save, 1), signal.SIGKILL)
+        killed = seconds_to_next_step(save)
         wait_for_checkpoint(save, 20)
         with cut(two, "n2"):
+            alone = seconds_to_next_step(save)
             status = agents[0].wait(300)
     finally:
         for agent in agents:  # the one that is cut off waits for the other's store, for minutes
@@ -89,9 +113,12 @@ def test_torchrun_goes_on_with_the_host_that_is_left(
     assert_done(save, undisturbed, out)
     assert "data 2 x tensor 1, ZeRO 0 -> pipeline 1 x data 1" in out
     assert len(re.findall(r"resume .*: iteration", out)) >= 2
+    tell(capsys, "torchrun", killed, alone)
 
 
-def test_ssh_goes_on_with_the_host_that_is_left(ssh: Cluster, training: Training, undisturbed: list[float]) -> None:
+def test_ssh_goes_on_with_the_host_that_is_left(
+    ssh: Cluster, training: Training, undisturbed: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
     """The same over ssh; what was cut off has ended by itself."""
     save = ssh.folder / "ssh-restarts"
     over = ("launcher=ssh", f"hostfile={ssh.folder / 'hosts'}", "max_restarts=3", "master_port=29650")
@@ -103,8 +130,10 @@ def test_ssh_goes_on_with_the_host_that_is_left(ssh: Cluster, training: Training
     try:
         wait_for_checkpoint(save, 10)
         os.kill(rank_process(save, 1), signal.SIGKILL)
+        killed = seconds_to_next_step(save)
         wait_for_checkpoint(save, 20)
         with cut(ssh, "n2"):
+            alone = seconds_to_next_step(save)
             status = process.wait(300)
             wait_until(lambda: not has_rank(save, 1), "the end of the rank that was cut off", 60)
     finally:
@@ -115,3 +144,4 @@ def test_ssh_goes_on_with_the_host_that_is_left(ssh: Cluster, training: Training
     assert_done(save, undisturbed, out)
     assert "status 137; restart 1 of 3" in out
     assert "elastic: n2 is left out, it does not answer over ssh" in out
+    tell(capsys, "ssh", killed, alone)
