@@ -99,7 +99,6 @@ class RunOverSsh:
             RUN: self._run,
             RESTARTS: str(times_restarted(self._environ) + number),
             STARTED: str(started(self._environ)),
-            STARTED: str(started(self._environ)),
         }
         commands = {}
         for rank, (host, slots) in enumerate(pool.items()):

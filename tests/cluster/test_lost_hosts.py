@@ -15,8 +15,8 @@ from hosts import NAMES, Cluster, rank_process, wait_until
 from tiny_run import Training, losses
 
 PYTHON = sys.executable
-STEPS = 60
-RUN = (f"train_iters={STEPS}", "checkpoint_factor=10", "distributed_timeout=20")
+STEPS = 200
+RUN = (f"train_iters={STEPS}", "checkpoint_factor=20", "distributed_timeout=20")
 ELASTIC = ("elastic=true", "train_micro_batch_size_per_gpu=4")
 
 
@@ -97,10 +97,10 @@ def test_torchrun_goes_on_with_the_host_that_is_left(
     words = [*start, *training.script(save, *RUN, *ELASTIC)]
     agents = [start_logged(two, host, log, words) for host, log in zip(NAMES, logs, strict=True)]
     try:
-        wait_for_checkpoint(save, 10)
+        wait_for_checkpoint(save, 20)
         os.kill(rank_process(save, 1), signal.SIGKILL)
         killed = seconds_to_next_step(save)
-        wait_for_checkpoint(save, 20)
+        wait_for_checkpoint(save, 60)
         with cut(two, "n2"):
             alone = seconds_to_next_step(save)
             status = agents[0].wait(300)
@@ -128,10 +128,10 @@ def test_ssh_goes_on_with_the_host_that_is_left(
         "n1", "sh", "-c", 'log=$1; shift; exec "$@" >$log 2>&1', "sh", log, *words
     )
     try:
-        wait_for_checkpoint(save, 10)
+        wait_for_checkpoint(save, 20)
         os.kill(rank_process(save, 1), signal.SIGKILL)
         killed = seconds_to_next_step(save)
-        wait_for_checkpoint(save, 20)
+        wait_for_checkpoint(save, 60)
         with cut(ssh, "n2"):
             alone = seconds_to_next_step(save)
             status = process.wait(300)

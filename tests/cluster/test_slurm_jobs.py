@@ -38,6 +38,8 @@ def test_a_job_that_loses_a_rank_and_is_warned_goes_on_where_it_was(slurm: Clust
     wait_until((save / "latest").is_file, "the first checkpoint", 240)
     os.kill(rank_process(save, 1), signal.SIGKILL)
     wait_until(lambda: "samples consumed" in log.read_text(), "the restart", 240)
+    done = (save / "metrics.jsonl").stat().st_size
+    wait_until(lambda: (save / "metrics.jsonl").stat().st_size > done, "a step after it", 60)
     # What Slurm itself does at --signal's time, which it only checks once a minute.
     status, out = slurm.run("n1", "scancel", "--batch", "--signal=USR1", job)
     assert status == 0, out

@@ -28,7 +28,10 @@ SAVES = {"save": "checkpoints", "checkpoint_factor": 10}
             {"on_bad_loss": "skip", "zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}},
             "on_bad_loss: zenflow updates weights while a step is under way",
         ),
-        ({"on_bad_loss": "ignore"}, "on_bad_loss: 'ignore' is unknown; supported: 'stop', 'skip', 'skip_batch' or 'rewind'"),
+        (
+            {"on_bad_loss": "ignore"},
+            "on_bad_loss: 'ignore' is unknown; supported: 'stop', 'skip', 'skip_batch' or 'rewind'",
+        ),
         ({"gradient_norm_limit": 0}, "gradient_norm_limit: "),
     ],
 )

@@ -1,7 +1,6 @@
 """Which steps are bad, and what the configuration does about them."""
 
 import math
-import statistics
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -110,7 +109,8 @@ class Rules:
         settings = self.settings
         if settings.loss_spike_deviations is None or len(self.recent) < settings.loss_spike_window:
             return None
-        mean, deviation = statistics.fmean(self.recent), statistics.pstdev(self.recent)
+        mean = math.fsum(self.recent) / len(self.recent)
+        deviation = math.sqrt(math.fsum((one - mean) ** 2 for one in self.recent) / len(self.recent))
         if loss <= mean + settings.loss_spike_deviations * deviation:
             return None
         reason = (
