@@ -1,6 +1,7 @@
 """A whole training run in one worker, from the configuration to the last checkpoint."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -9,8 +10,10 @@ from neox.checkpoint.native.manifest import Progress
 from neox.checkpoint.runs import RunReader
 from neox.config import Config
 from neox.config.ramp import BatchRamp
-from neox.data import Coordinator, DatasetSplits, build_datasets, build_tokenizer, train_iters_for_epochs
+from neox.data import Coordinator, DatasetSplits, Tokenizer, build_datasets, build_tokenizer, train_iters_for_epochs
+from neox.data.blending import SampleSource
 from neox.data.loader import Batch
+from neox.data.online import OnlineDataset
 from neox.data.order import Ranges
 from neox.model.build import WeightSource
 from neox.parallel.mesh import Mesh, build_mesh
@@ -68,6 +71,25 @@ def train(config: Config) -> Outcome:
     return outcome
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """What a run is made of, once it has been built or taken up."""
+
+    config: Config
+    mesh: Mesh
+    data: DatasetSplits
+    engine: Engine
+    schedule: LRSchedule
+    batches: BatchMaker
+    tokenizer: Tokenizer | None
+
+    def evaluator(self, dataset: SampleSource | OnlineDataset) -> Evaluator:
+        return Evaluator(self.engine, dataset, self.batches, self.tokenizer)
+
+    def loader(self, progress: Progress) -> Iterator[Batch]:
+        return train_loader(self.config, self.mesh, self.data, progress.consumed_samples, progress.left_out)
+
+
 def _train(config: Config, mesh: Mesh, signals: Signals) -> Outcome:
     config = agree_on_origin(config, mesh)
     data = build_datasets(config, _coordinator(mesh), data_rank=mesh.data_rank)
@@ -75,34 +97,52 @@ def _train(config: Config, mesh: Mesh, signals: Signals) -> Outcome:
     seed_dropout(config.training.seed, mesh)
     engine, progress, schedule = start_or_resume(config, mesh)
     keep_record(config, mesh, progress)
-    batches = batch_maker(config, mesh)
     tokenizer = build_tokenizer(config.tokenizer) if config.training.char_level_ppl else None
-    last = last_iteration(config, progress.iteration)
+    parts = _Parts(config, mesh, data, engine, schedule, batch_maker(config, mesh), tokenizer)
     ending = None
     with MetricLog.from_config(config, rank=mesh.rank) as log:
         if config.training.do_train and data.train is not None:
-            left_out = LeftOut(config, mesh)
-            progress = left_out.begin(progress)
-            guards = Guards(engine, left_out, SkipLog(config, mesh, data.train))
-            callbacks: list[Callback] = [NoteStep(), SignsOfLife(), Metrics(engine, log), guards]
-            if data.valid is not None and config.training.do_valid:
-                callbacks.append(Evaluation(Evaluator(engine, data.valid, batches, tokenizer), log))
-            callbacks += monitors(engine, log, last_iteration=last) + profilers(engine, log, last_iteration=last)
-            checkpoints = Checkpoints(engine, schedule, last_iteration=last)
-            ending = EarlyEnd(config, mesh, signals, longest_save=lambda: checkpoints.saver.longest)
-            callbacks += [*comparisons(engine), checkpoints, ending]
-            callbacks = list(naming_stragglers(engine, log, callbacks))
-
-            def loader_from(there: Progress) -> Iterator[Batch]:
-                return train_loader(config, mesh, data, there.consumed_samples, there.left_out)
-
-            run = Run(engine, loader_from(progress), batches, schedule, last, ending, guards)
-            progress = Rewinder(engine, guards, checkpoints.saver, log, loader_from).train(run, progress, callbacks)
-            checkpoints.saver.finish()
+            progress, ending = _train_on(parts, progress, log, signals)
         if data.test is not None and config.training.do_test and progress.iteration == config.training.train_iters:
-            figures = Evaluator(engine, data.test, batches, tokenizer).run(0)
+            figures = parts.evaluator(data.test).run(0)
             log.log(progress.iteration, {f"test/{name}": value for name, value in figures.items()})
     return Outcome(progress, status=ending.conclude(progress) if ending is not None else 0)
+
+
+def _train_on(parts: _Parts, progress: Progress, log: MetricLog, signals: Signals) -> tuple[Progress, EarlyEnd]:
+    """Train to the last iteration, or to where the run is asked to end; and what knows why it ended."""
+    config, engine = parts.config, parts.engine
+    assert parts.data.train is not None, "there are training data"
+    left_out = LeftOut(config, parts.mesh)
+    progress = left_out.begin(progress)
+    last = last_iteration(config, progress.iteration)
+    guards = Guards(engine, left_out, SkipLog(config, parts.mesh, parts.data.train))
+    checkpoints = Checkpoints(engine, parts.schedule, last_iteration=last)
+    ending = EarlyEnd(config, parts.mesh, signals, longest_save=lambda: checkpoints.saver.longest)
+    # Judged first, compared next, then saved: no checkpoint holds what is bad or corrupt.
+    callbacks: list[Callback] = [
+        NoteStep(),
+        SignsOfLife(),
+        Metrics(engine, log),
+        guards,
+        *_measurements(parts, log, last),
+        *comparisons(engine),
+        checkpoints,
+        ending,
+    ]
+    run = Run(engine, parts.loader(progress), parts.batches, parts.schedule, last, ending, guards)
+    rewinder = Rewinder(engine, guards, checkpoints.saver, log, parts.loader)
+    progress = rewinder.train(run, progress, list(naming_stragglers(engine, log, callbacks)))
+    checkpoints.saver.finish()
+    return progress, ending
+
+
+def _measurements(parts: _Parts, log: MetricLog, last: int) -> list[Callback]:
+    """What is evaluated, watched and profiled on the way."""
+    found: list[Callback] = []
+    if parts.data.valid is not None and parts.config.training.do_valid:
+        found.append(Evaluation(parts.evaluator(parts.data.valid), log))
+    return found + monitors(parts.engine, log, last_iteration=last) + profilers(parts.engine, log, last_iteration=last)
 
 
 def with_iterations(config: Config) -> Config:
