@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from neox.errors import UserError
+from neox.pulse import pulse
 
 
 def flush(path: Path) -> None:
@@ -28,13 +29,21 @@ class WriteBehind:
     STEP = 32 * 2**20
     """Bytes after which the system is told."""
 
+    LARGE = 2**30
+    """Bytes after which they are waited for: all at the end may take longer than a process may seem to stand still."""
+
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
-        self._waiting = 0
+        self._waiting = self._unsafe = 0
 
     def wrote(self, count: int) -> None:
-        """Note that so many more bytes were written; returns at once."""
+        """Note that so many more bytes were written; mostly returns at once."""
         self._waiting += count
+        self._unsafe += count
+        if self._unsafe >= self.LARGE:
+            os.fsync(self._descriptor)
+            pulse()
+            self._unsafe = 0
         if self._waiting >= self.STEP and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             self._waiting = 0

@@ -58,7 +58,8 @@ class StoredFile:
         """
         size = count * dtype.itemsize
         try:
-            data: bytes | bytearray = os.pread((self._open or self._opened()).number, size, offset)
+            descriptor = self._open or self._opened()  # held, so that no other thread's open closes it
+            data: bytes | bytearray = os.pread(descriptor.number, size, offset)
             if len(data) != size:
                 data = self._read_in_parts(size, offset)
         except OSError as error:

@@ -20,7 +20,7 @@ SSH = (
 """Never asks for a password, and ends when nothing has come from the host for ten minutes."""
 
 _POLL_SECONDS = 0.1
-_SECONDS_TO_END = 30.0
+_SECONDS_TO_END = 15.0
 """Longer than `neox.launch.remote` gives a program that is to end; after that the line to the host is cut."""
 _MOST_AT_ONCE = 64
 
@@ -69,7 +69,7 @@ def run_everywhere(commands: Mapping[str, Sequence[str]], heard: list[int] | Non
     """Run each host's command over ssh and wait for all; the first to fail ends the others.
 
     SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 are passed on; a second SIGINT or SIGTERM ends all at once. A host that
-    does not end its program in half a minute is given up: its link is cut, say.
+    does not end its program in 15 s is given up: its link is cut, say.
 
     Args:
         commands: by host.

@@ -6,6 +6,7 @@ wait in a collective. The groups' own timeouts must not come before it, so they 
 """
 
 import os
+import resource
 import socket
 import time
 from datetime import timedelta
@@ -21,6 +22,7 @@ from neox.parallel.torchrun import attempt_store
 GROUP_TIMEOUT = timedelta(days=1)
 """How long a collective waits at most; a second net, should the watch fail."""
 
+_MOST_FILES = 1 << 16
 _POLL_SECONDS = 0.1
 _SECONDS_TO_LINGER = 2.0
 _MOST_NAMED = 8
@@ -36,6 +38,7 @@ def join_world(backend: str, timeout: timedelta) -> None:
         AbsentError: not all come in time.
     """
     record_collectives()
+    _allow_connections()
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store = attempt_store(os.environ, timeout)
@@ -59,6 +62,14 @@ def wait_long() -> None:
     # For the groups that libraries make.
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
         setattr(c10d, name, GROUP_TIMEOUT)
+
+
+def _allow_connections() -> None:
+    """Allow this process more open files: gloo connects every rank with every other, and many shells allow 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft not in (resource.RLIM_INFINITY, wanted) and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _await_first(place: tuple[str, int], deadline: float, timeout: timedelta) -> None:

@@ -13,6 +13,7 @@ from neox.config.ramp import BatchRamp
 from neox.model.attention import AttentionContext
 from neox.model.loss import Targets
 from neox.parallel.mesh import Mesh
+from neox.pulse import pulse
 from neox.training.curriculum import Curriculum
 
 
@@ -103,16 +104,19 @@ class BatchMaker:
         return self._take(loader, self.accumulation, None)
 
     def _take(self, loader: Iterator[Mapping[str, torch.Tensor]], count: int, length: int | None) -> GlobalBatch:
-        made = [
-            micro_batch(
-                next(loader),
-                device=self.mesh.device,
-                mask_after=self.mask_after,
-                document_end=self.document_end,
-                length=length,
+        made = []
+        for _ in range(count):
+            item = next(loader)
+            pulse()  # a slow loader gets on as well
+            made.append(
+                micro_batch(
+                    item,
+                    device=self.mesh.device,
+                    mask_after=self.mask_after,
+                    document_end=self.document_end,
+                    length=length,
+                )
             )
-            for _ in range(count)
-        ]
         return global_batch(made, self.mesh)
 
 

@@ -12,6 +12,7 @@ from neox.data.online import OnlineDataset
 from neox.data.order import Ranges
 from neox.errors import DataError
 from neox.parallel.mesh import Mesh
+from neox.watch import phase
 
 
 def micro_batches(
@@ -57,7 +58,8 @@ def _from_server(dataset: OnlineDataset, size: int, mesh: Mesh) -> Iterator[Batc
         box: list[Batch | DataError | None] = [None]
         if mesh.tensor_rank == 0:
             try:
-                box[0] = stack_samples(dataset.take(size))
+                with phase("waiting for completions", lawful=True):  # which end by themselves, after half an hour
+                    box[0] = stack_samples(dataset.take(size))
             except DataError as error:
                 box[0] = error
         if mesh.tensor_size > 1:

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 MASK = "***"
 
 _NAMES = re.compile(
-    r"KEY|TOKEN(?!IZER)|SECRET|PASS|_PWD|PWD_|CREDENTIAL|AUTH|COOKIE|PRIVATE|SIGNATURE|WEBHOOK|(?<![A-Z])DSN(?![A-Z])|JWT",
+    r"KEY|TOKEN(?!IZER)|SECRET|PASS|_PWD|PWD_|CREDENTIAL|AUTH|COOKIE|PRIVATE|SIGNATURE|HOOK|CONNECTION_STR|"
+    r"_SAS(?![A-Z])|(?<![A-Z])DSN(?![A-Z])|JWT",
     re.IGNORECASE,
 )
 """Names of variables whose values are not shown. It is better to hide a value too many."""
 
-_NAMED = r"[\w-]*(?:(?:api|access|auth|private|secret|wandb|comet|hf)[_-]?(?:key|token)|passw(?:or)?d|secret)"
+_NAMED = r"[\w-]*(?:(?:api|access|auth|private|secret|wandb|comet|hf|account)[_-]?(?:key|token)|passw(?:or)?d|secret)"
 
 _IN_TEXT = (
     # https://user:password@host, https://token@host

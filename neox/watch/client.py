@@ -6,7 +6,9 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NoReturn
 
 from neox.launch.endings import EXIT_LOST
 from neox.watch import signs
@@ -14,7 +16,7 @@ from neox.watch.report import own_lines
 from neox.watch.wire import LONGEST, Message, encode, keep_from_children, receive
 
 _LONGEST_REASON = 500
-_SECONDS_TO_FLUSH = 2.0
+_SECONDS_TO_PRINT = 3.0
 _SECONDS_BETWEEN_CALLS = 0.3
 
 
@@ -155,11 +157,16 @@ class Client:
 
 
 def say(text: str) -> None:
-    """Print to stderr as one piece."""
-    print(text, file=sys.stderr, flush=True)
+    """Print to stderr as one piece; a terminal or a log file that fails or hangs does not hold up the watch."""
+
+    def show() -> None:
+        with contextlib.suppress(OSError, ValueError):
+            print(f"{text}\n", end="", file=sys.stderr, flush=True)
+
+    _for_a_moment(show)
 
 
-def end_now() -> None:
+def end_now() -> NoReturn:
     """End this process, whatever its main thread hangs in."""
 
     def flush() -> None:
@@ -167,8 +174,12 @@ def end_now() -> None:
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
 
-    # The main thread may hang in a write itself, and hold the stream.
-    flushing = threading.Thread(target=flush, daemon=True)
-    flushing.start()
-    flushing.join(_SECONDS_TO_FLUSH)
+    _for_a_moment(flush)
     os._exit(EXIT_LOST)
+
+
+def _for_a_moment(function: Callable[[], None]) -> None:
+    """Do what may hang: the main thread may hang in a write itself, and hold the stream."""
+    thread = threading.Thread(target=function, daemon=True)
+    thread.start()
+    thread.join(_SECONDS_TO_PRINT)

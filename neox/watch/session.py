@@ -15,7 +15,7 @@ from neox.config import Config
 from neox.parallel.collectives import raised_by_collective
 from neox.parallel.rendezvous import wait_long
 from neox.watch import signs
-from neox.watch.client import Client, Post, say
+from neox.watch.client import Client, Post, end_now, say
 from neox.watch.server import SECONDS_TO_ANSWER, SECONDS_TO_SETTLE, Server
 from neox.watch.wire import LONGEST, keep_from_children, listening_socket, own_address
 
@@ -101,9 +101,9 @@ class Watch:
             with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
                 runner.run(self._watch(server, listening))
         except Exception as error:
-            # The others notice the end of the connection, and end.
-            say(f"the watch of rank {dist.get_rank()} failed: {type(error).__name__}: {error}")
-            raise
+            # The others notice the end of the connection, and end; this one must not wait for them unwatched.
+            say(f"the watch of rank {os.environ['RANK']} failed: {type(error).__name__}: {error}")
+            end_now()
 
     async def _watch(self, server: Server | None, listening: socket.socket | None) -> None:
         assert self._client is not None, "the watch has begun"

@@ -232,7 +232,7 @@ def test_folders_of_older_writers_are_read(tmp_path):
     [
         (
             {"model_type": "gemma"},
-            "model_type is gemma; only gpt_neox, llama, mistral, falcon, opt, bloom, gpt2 can be read",
+            "model_type is gemma; only gpt_neox, llama, mistral, mixtral, falcon, opt, bloom, gpt2 can be read",
         ),
         ({"hidden_act": "quick_gelu"}, "hidden_act is quick_gelu"),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "of type longrope"),

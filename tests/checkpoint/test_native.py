@@ -139,6 +139,17 @@ def test_pruning_keeps_the_newest_and_the_named(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.glob("global_step*")) == ["global_step10", "global_step9"]
 
 
+def test_pruning_leaves_alone_what_a_link_leads_to(tmp_path: Path) -> None:
+    root, elsewhere = tmp_path / "run", tmp_path / "archive"
+    save(root, 1)
+    (root / "global_step1").rename(elsewhere)
+    (root / "global_step1").symlink_to(elsewhere)
+    before = sorted(elsewhere.rglob("*"))
+    save(root, 2)
+    prune_checkpoints(root, keep=1)
+    assert before == sorted(elsewhere.rglob("*"))
+
+
 def test_missing_checkpoints(tmp_path: Path) -> None:
     assert checkpoint_folder(tmp_path) is None
     save(tmp_path, 4)

@@ -34,3 +34,9 @@ def losses(save: Path) -> list[float]:
     """Losses of a run, by step."""
     records = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
     return [record["train/lm_loss"] for record in records if "train/lm_loss" in record]
+
+
+def losses_by_step(save: Path) -> dict[int, float]:
+    """Losses of a run that may have done steps twice: those of the last time."""
+    records = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+    return {record["step"]: record["train/lm_loss"] for record in records if "train/lm_loss" in record}

@@ -1,6 +1,7 @@
 """The record of collectives: what was called last, how often, how long; and how processes meet."""
 
 import os
+import resource
 from datetime import timedelta
 from typing import Any
 
@@ -81,6 +82,17 @@ def come_to_a_meeting_of_three() -> str:
     except LaunchError as error:
         return str(error)
     return "all came"
+
+
+def join_with_few_files() -> int:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    join_world("gloo", timedelta(seconds=60))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def test_a_rank_may_hold_a_connection_to_each_of_thousands() -> None:
+    most = min(1 << 16, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    assert run_ranks(join_with_few_files, 1) == [most]
 
 
 def test_who_does_not_come_is_named() -> None:

@@ -143,6 +143,30 @@ def test_rotation(tmp_path: Path) -> None:
     assert len(kept) > 15
 
 
+def test_rotation_that_keeps_no_earlier_file(tmp_path: Path) -> None:
+    file = file_of(tmp_path / "x.log", most_bytes=200, earlier=0)
+    for number in range(40):
+        file.write(f"number {number}\n")
+    file.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["x.log"]
+    assert (tmp_path / "x.log").stat().st_size <= 200
+    assert texts(tmp_path / "x.log", 7, r"\S+")[-1] == "number 39"
+
+
+def test_what_is_printed_after_the_reader_has_gone_is_in_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(text: str) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=gone, flush=lambda: None))
+    with logged_output(settings(save=tmp_path), {}):
+        from neox.watch.client import say
+
+        say("rank 3 is gone")
+    assert "rank 3 is gone" in texts(tmp_path / "logs" / "ranks" / "rank-00000.log")
+
+
 def test_a_line_drawn_over_is_what_it_came_to(tmp_path: Path) -> None:
     file = file_of(tmp_path / "x.log")
     file.write("10%\r20%\r100%\r\n")

@@ -120,7 +120,7 @@ def test_gpus_and_hosts() -> None:
 
 
 NAMES = """WANDB_API_KEY HF_TOKEN AWS_SECRET_ACCESS_KEY PGPASSWORD DB_PWD my_passphrase GOOGLE_CREDENTIALS
-    HTTP_AUTHORIZATION COOKIE SENTRY_DSN SLACK_WEBHOOK CI_JOB_JWT"""
+    HTTP_AUTHORIZATION COOKIE SENTRY_DSN SLACK_WEBHOOK SLACK_HOOK_URL STORAGE_CONNECTION_STRING BLOB_SAS CI_JOB_JWT"""
 
 
 @pytest.mark.parametrize("name", NAMES.split())
@@ -141,6 +141,7 @@ def test_what_is_no_secret_is_kept() -> None:
         ("https://me:pass@proxy:3128/", "https://***@proxy:3128/"),
         ("redis://:pw@cache", "redis://***@cache"),
         ("https://x.org/a?b=1&sig=abc&c=2", "https://x.org/a?b=1&sig=***&c=2"),
+        ("X=Name=a;AccountKey=Zm9v==;Suffix=b", "X=Name=a;AccountKey=***"),
         ("train.py wandb_api_key=abc123 train_iters=5", "train.py wandb_api_key=*** train_iters=5"),
         ("train.py --api-key abc123 --x", "train.py --api-key *** --x"),
         ('{"password": "a b", "x": 1}', '{"password": ***, "x": 1}'),

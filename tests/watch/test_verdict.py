@@ -3,12 +3,26 @@
 import asyncio
 import os
 import socket
+import sys
+import threading
 import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
-from neox.watch import phase, signs
+from neox.checkpoint.native.commit import prune_checkpoints
+from neox.checkpoint.native.manifest import LATEST, MANIFEST, Progress
+from neox.data.gpt_dataset import Sample
+from neox.parallel.mesh import Mesh
+from neox.pulse import pulses
+from neox.training.batches import BatchMaker
+from neox.training.loaders import _from_server
+from neox.watch import client, phase, session, signs
 from neox.watch.report import places, ranges
 from neox.watch.server import Server
 from neox.watch.verdict import holding_up
@@ -111,6 +125,47 @@ def test_computing_counts_outside_of_training_only(clock: list[float]) -> None:
         assert looks(clock, idleness, computing=3.0) == 0.0
 
 
+def test_each_batch_that_a_slow_loader_gives_counts(clock: list[float]) -> None:
+    def batches() -> Iterator[dict[str, torch.Tensor]]:
+        while True:
+            idle.append(looks(clock, idleness, computing=0.0))
+            yield {"tokens": torch.zeros(1, 9, dtype=torch.long)}
+
+    idle: list[float] = []
+    idleness = signs.Idleness(5.0)
+    signs.at_step(1)
+    BatchMaker(Mesh(), accumulation=4).for_step(batches(), Progress())
+    assert idle == [55.0] * 4
+
+
+def test_a_server_of_completions_may_take_long(clock: list[float]) -> None:
+    class Server:
+        def take(self, count: int) -> list[Sample]:
+            idle.append(looks(clock, idleness, computing=0.0))
+            return [{"tokens": np.zeros(9, np.int64)}] * count
+
+    idle: list[float] = []
+    idleness = signs.Idleness(5.0)
+    signs.at_step(1)
+    assert next(_from_server(Server(), 2, Mesh()))["tokens"].shape == (2, 9)  # type: ignore[arg-type]
+    assert idle == [0.0]
+
+
+def test_deleting_a_checkpoint_of_many_ranks_counts(clock: list[float], tmp_path: Path) -> None:
+    (tmp_path / LATEST).write_text("global_step2")
+    for name in ("global_step1", "global_step2"):
+        (tmp_path / name / "configs").mkdir(parents=True)
+        for file in (MANIFEST, "model-00000-000.safetensors", "configs/small.yml"):
+            (tmp_path / name / file).touch()
+    os.utime(tmp_path / "global_step1" / MANIFEST, (0, 0))
+    idleness, before = signs.Idleness(5.0), pulses()
+    clock[0] += 5.0
+    assert prune_checkpoints(tmp_path, keep=1) == ["global_step1"]
+    assert [path.name for path in tmp_path.glob("*global_step*")] == ["global_step2"]
+    assert pulses() >= before + 3
+    assert idleness.look() == 0.0
+
+
 def test_a_person_may_take_long(clock: list[float]) -> None:
     idleness = signs.Idleness(5.0)
     with phase("waiting for a prompt", lawful=True):
@@ -171,3 +226,32 @@ def test_a_forked_process_does_not_hold_a_connection_open() -> None:
     os.close(writer)
     os.waitpid(child, 0)
     os.close(reader)
+
+
+def test_a_terminal_that_hangs_does_not_hold_up_the_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    reached, released = threading.Event(), threading.Event()
+
+    def hang(text: str) -> None:
+        reached.set()
+        released.wait()
+
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=hang, flush=lambda: None))
+    monkeypatch.setattr(client, "_SECONDS_TO_PRINT", 0.1)
+    client.say("rank 3 is gone")
+    assert reached.is_set()
+    released.set()
+
+
+def test_a_watch_that_fails_ends_its_process(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async def defective(self: object, server: object, listening: object) -> None:
+        raise ZeroDivisionError("a defect of the watch")
+
+    ended = []
+    monkeypatch.setenv("RANK", "5")
+    monkeypatch.setattr(session.Watch, "_watch", defective)
+    monkeypatch.setattr(session, "end_now", lambda: ended.append(3))
+    session.Watch(60.0)._run(None, None)
+    assert ended == [3]
+    assert "the watch of rank 5 failed: ZeroDivisionError: a defect of the watch" in capfd.readouterr().err

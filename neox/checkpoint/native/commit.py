@@ -3,12 +3,14 @@
 At each moment `latest` names a folder that is whole, or one whose predecessor `checkpoint_folder` finds beside it.
 """
 
+import contextlib
 import logging
 import shutil
 from pathlib import Path
 
 from neox.checkpoint.native.manifest import LATEST, MANIFEST
 from neox.files import flush, write_whole
+from neox.pulse import pulse
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +31,7 @@ def begin(final: Path) -> Path:
             replaced.rename(original)  # killed between the two renames of `commit`
     for remains in (INCOMPLETE, REPLACED, DELETED):
         for folder in root.glob(f".global_step*.{remains}"):
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
     for text in root.glob(f".{LATEST}.*"):  # where `write_whole` was killed
         text.unlink(missing_ok=True)
     temporary = _hidden(final, INCOMPLETE)
@@ -39,7 +41,7 @@ def begin(final: Path) -> Path:
 
 def discard(final: Path) -> None:
     """Remove what was written of a checkpoint that is not to be."""
-    shutil.rmtree(_hidden(final, INCOMPLETE), ignore_errors=True)
+    _remove(_hidden(final, INCOMPLETE))
 
 
 def commit(temporary: Path, final: Path) -> None:
@@ -52,13 +54,13 @@ def commit(temporary: Path, final: Path) -> None:
         flush(folder)
     replaced = _hidden(final, REPLACED)
     if final.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
+        _remove(replaced)
         final.rename(replaced)
     temporary.rename(final)
     flush(final.parent)
     write_whole(final.parent / LATEST, final.name)
     flush(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    _remove(replaced)
 
 
 def prune_checkpoints(root: Path, keep: int) -> list[str]:
@@ -78,7 +80,7 @@ def prune_checkpoints(root: Path, keep: int) -> list[str]:
             if path.parent.name != named:
                 doomed = _hidden(path.parent, DELETED)  # so that a kill leaves no half checkpoint under its name
                 path.parent.rename(doomed)
-                shutil.rmtree(doomed, ignore_errors=True)
+                _remove(doomed)
                 deleted.append(path.parent.name)
     except OSError as error:
         log.warning("%s: old checkpoints cannot be deleted (%s)", error.filename or root, error.strerror)
@@ -91,6 +93,16 @@ def _hidden(folder: Path, state: str) -> Path:
 
 def _original(hidden: Path) -> Path:
     return hidden.with_name(hidden.name.removeprefix(".").rpartition(".")[0])
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder, as far as it can be. The one of a thousand ranks has thousands of files, which takes long."""
+    with contextlib.suppress(OSError):
+        for path in [] if folder.is_symlink() else list(folder.rglob("*")):
+            if not path.is_dir():
+                path.unlink(missing_ok=True)
+            pulse()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _make_folder(folder: Path) -> None:

@@ -224,7 +224,7 @@ class TensorFileWriter:
         with self._naming_the_file():
             while view:
                 view = view[self._file.write(view) :]
-        self._behind.wrote(len(data))
+            self._behind.wrote(len(data))
 
     @contextmanager
     def _naming_the_file(self) -> Iterator[None]:

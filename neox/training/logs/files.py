@@ -110,6 +110,8 @@ class AppendedFile:
         for number in range(self._earlier - 1, -1, -1):
             with contextlib.suppress(FileNotFoundError):
                 self._numbered(number).replace(self._numbered(number + 1))
+        if not self._earlier:
+            self.path.unlink(missing_ok=True)
         self.close()
         self._descriptor = self._open()
 

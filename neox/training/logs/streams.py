@@ -35,6 +35,7 @@ class CopiedStream:
         try:
             self._show(text)
         except BrokenPipeError:
+            self.copy.write(text)
             raise
         except OSError:
             pass
