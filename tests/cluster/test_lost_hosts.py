@@ -138,6 +138,7 @@ def test_ssh_goes_on_with_the_host_that_is_left(
     out = log.read_text()
     assert status == 0, out
     assert_done(save, undisturbed, out)
-    assert "status 137; restart 1 of 3" in out
+    # Which of the two the launcher sees first, the rank that was killed or the one that the watch ended, is open.
+    assert re.search(r"^status (137|3); restart 1 of 3$", out, flags=re.MULTILINE), out
     assert "elastic: n2 is left out, it does not answer over ssh" in out
     tell(capsys, "ssh", killed, alone)

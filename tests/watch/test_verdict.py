@@ -17,7 +17,9 @@ import torch
 
 from neox.checkpoint.native.commit import prune_checkpoints
 from neox.checkpoint.native.manifest import LATEST, MANIFEST, Progress
+from neox.checkpoint.storage.tensor_file import TensorFileWriter
 from neox.data.gpt_dataset import Sample
+from neox.files import WriteBehind
 from neox.parallel.mesh import Mesh
 from neox.pulse import pulses
 from neox.training.batches import BatchMaker
@@ -149,6 +151,16 @@ def test_a_server_of_completions_may_take_long(clock: list[float]) -> None:
     signs.at_step(1)
     assert next(_from_server(Server(), 2, Mesh()))["tokens"].shape == (2, 9)  # type: ignore[arg-type]
     assert idle == [0.0]
+
+
+def test_parts_of_a_large_file_count_when_they_are_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(WriteBehind, "LARGE", 1000)
+    tensor, before = torch.zeros(300), pulses()
+    entries = dict.fromkeys(("a", "b", "c"), (tensor.dtype, tensor.shape))
+    with TensorFileWriter(tmp_path / "model.safetensors", entries) as file:
+        for number, name in enumerate(entries, start=1):
+            file.write(name, tensor)
+            assert pulses() == before + number
 
 
 def test_deleting_a_checkpoint_of_many_ranks_counts(clock: list[float], tmp_path: Path) -> None:
