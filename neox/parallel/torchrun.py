@@ -44,15 +44,16 @@ def _open(store: Store, world: int, timeout: timedelta) -> str:
     name = f"{_ATTEMPT}/{uuid.uuid4().hex}"
     store.set(_ATTEMPT, name)
     keys = [f"{name}/here/{rank}" for rank in range(1, world)]
-    try:
-        store.wait(keys, timeout)
-    except dist.DistError:
+    deadline, look = time.monotonic() + timeout.total_seconds(), timedelta(seconds=_SECONDS_BETWEEN_LOOKS)
+    while keys and not _come(store, keys, look):  # between two looks signals are answered
+        if time.monotonic() < deadline:
+            continue
         absent = [rank for rank, key in enumerate(keys, start=1) if not store.check([key])]
         named = ", ".join(map(str, absent[:_MOST_NAMED])) + (", ..." if len(absent) > _MOST_NAMED else "")
         raise AbsentError(
             f"torchrun: after {timeout.total_seconds():g} s (distributed_timeout) {world - len(absent)} of {world} "
             f"ranks came; absent: {named}; what they printed may say why"
-        ) from None
+        )
     store.set(f"{name}/answer", json.dumps({key: store.get(key).decode() for key in keys}))
     return name
 
@@ -62,11 +63,11 @@ def _find(store: Store, rank: int, timeout: timedelta) -> str:
     deadline, look = time.monotonic() + timeout.total_seconds(), timedelta(seconds=_SECONDS_BETWEEN_LOOKS)
     word, name = uuid.uuid4().hex, ""
     while time.monotonic() < deadline:
-        found = store.get(_ATTEMPT).decode() if _comes(store, _ATTEMPT, look) else ""
+        found = store.get(_ATTEMPT).decode() if _come(store, [_ATTEMPT], look) else ""
         if found != name:
             name = found
             store.set(f"{name}/here/{rank}", word)
-        if name and _comes(store, f"{name}/answer", look):
+        if name and _come(store, [f"{name}/answer"], look):
             if json.loads(store.get(f"{name}/answer"))[f"{name}/here/{rank}"] == word:
                 return name
             time.sleep(_SECONDS_BETWEEN_LOOKS)  # an attempt that has ended
@@ -76,10 +77,10 @@ def _find(store: Store, rank: int, timeout: timedelta) -> str:
     )
 
 
-def _comes(store: Store, key: str, time_for_it: timedelta) -> bool:
-    """Wait for a key; say whether it is there."""
+def _come(store: Store, keys: list[str], time_for_it: timedelta) -> bool:
+    """Wait for keys; say whether they are there."""
     try:
-        store.wait([key], time_for_it)
+        store.wait(keys, time_for_it)
     except dist.DistError:
         return False
     return True

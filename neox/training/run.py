@@ -60,12 +60,17 @@ def train(config: Config) -> Outcome:
         Where the run stands at its end, and the exit status that says so.
     """
     with (
-        noted_signals() as signals,
+        noted_signals(config.reliability.requeue_status) as signals,
         logged_output(config),
         watched(config) as watch,
         determinism(config),
     ):
-        outcome = _train(config, build_mesh(config, when_joined=watch.begin), signals)
+
+        def begin() -> None:
+            signals.have_met = True
+            watch.begin()
+
+        outcome = _train(config, build_mesh(config, when_joined=begin), signals)
         # Only on success: with NCCL, leaving the group while others wait in it would hang the rank that failed.
         dist.destroy_process_group()
     return outcome

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+import torch.distributed as dist
+
 from neox.launch.main import EXIT_INTERRUPTED
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -19,26 +21,44 @@ class Signals:
 
     Attributes:
         received: in order.
+        have_met: whether the ranks have; one that still waits for others ends by itself, at once.
         are_answered: whether the process ends now as they asked; those that still come are ignored then.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, status: int = 0) -> None:
+        """Begin to note.
+
+        Args:
+            status: of a process that a scheduler ends before the ranks have met.
+        """
         self.received: list[signal.Signals] = []
+        self.have_met = dist.is_initialized()
         self.are_answered = False
+        self._status = status
 
     def note(self, signum: int, frame: FrameType | None = None) -> None:
-        """A signal handler, which must not do more: it may interrupt anything, a save and a print too."""
+        """A signal handler, which must not do more: it may interrupt anything, a save and a print too.
+
+        Raises:
+            KeyboardInterrupt: at SIGINT before the ranks have met.
+            SystemExit: at any other signal before that.
+        """
         self.received.append(signal.Signals(signum))
+        if not self.have_met:
+            raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(self._status)
 
 
 @contextmanager
-def noted_signals() -> Iterator[Signals]:
+def noted_signals(status: int = 0) -> Iterator[Signals]:
     """Note SIGINT, SIGTERM, SIGUSR1 and SIGHUP instead of dying of them; a second SIGINT ends the process at once.
 
     A signal that is ignored stays so, as `nohup` wants. Python runs a handler only between two of its instructions,
     which a main thread that hangs in a collective never reaches; so a thread counts the SIGINTs.
+
+    Args:
+        status: of a process that a scheduler ends before the ranks have met.
     """
-    signals = Signals()
+    signals = Signals(status)
     handled = [signum for signum in ENDING if signal.getsignal(signum) is not signal.SIG_IGN]
     before = {signum: signal.signal(signum, signals.note) for signum in handled}
     for signum in handled:
@@ -46,7 +66,7 @@ def noted_signals() -> Iterator[Signals]:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     other_writer = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    thread = threading.Thread(target=_listen, args=(reader,), name="signals", daemon=True)
+    thread = threading.Thread(target=_listen, args=(reader, signals), name="signals", daemon=True)
     thread.start()
     try:
         yield signals
@@ -61,12 +81,12 @@ def noted_signals() -> Iterator[Signals]:
         os.close(writer)
 
 
-def _listen(reader: int) -> None:
+def _listen(reader: int, signals: Signals) -> None:
     """Read the numbers of signals as they come."""
     interrupts = 0
     while (byte := os.read(reader, 1)) != _ENOUGH:
         interrupts += byte[0] == signal.SIGINT
         if interrupts > 1:
             os._exit(EXIT_INTERRUPTED)
-        if byte[0] == signal.SIGINT and os.environ.get("RANK", "0") == "0":
+        if byte[0] == signal.SIGINT and signals.have_met and os.environ.get("RANK", "0") == "0":
             print("SIGINT: the run ends after its step; a second one ends it now, unsaved", file=sys.stderr, flush=True)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import fork, free_port, kill, rank_variables, run_ranks
 from training.layouts import ADAMW, MODEL, TRAINING
 
 from neox.checkpoint.native.integrity import damages
@@ -140,7 +141,8 @@ def test_a_second_interrupt_ends_a_process_that_hangs_in_a_library() -> None:
 import ctypes
 from neox.training.signals import noted_signals
 libc, lock = ctypes.CDLL(None), ctypes.create_string_buffer(64)
-with noted_signals():
+with noted_signals() as signals:
+    signals.have_met = True
     print("ready", flush=True)
     libc.pthread_mutex_lock(lock)
     libc.pthread_mutex_lock(lock)
@@ -154,6 +156,31 @@ with noted_signals():
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=60)[1] == b""
     assert process.returncode == 130
+
+
+def train_alone(flat: dict[str, Any], variables: dict[str, str]) -> None:
+    import neox.training.run as run
+
+    os.environ.update(variables)
+    raise SystemExit(run.train(config_from_dict(flat, world_size=2)).status)
+
+
+def test_a_rank_that_waits_for_the_others_ends_at_once(tmp_path: Path) -> None:
+    port = free_port()
+    flat = settings(tmp_path / "run", str(tmp_path / "never_read"))
+    process = fork(train_alone, flat, rank_variables(0, 2, port))
+    try:
+        deadline = time.monotonic() + 60
+        while socket.socket().connect_ex(("127.0.0.1", port)):
+            assert time.monotonic() < deadline
+            assert process.is_alive()
+            time.sleep(0.05)
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGTERM)
+        process.join(30)
+        assert process.exitcode == 75
+    finally:
+        kill([process])
 
 
 def test_time_that_is_kept_free_before_a_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
