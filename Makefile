@@ -1,5 +1,5 @@
 # make quickstart   data to trained, sampled, exported model, in about six minutes on two cores
-# make test         everything CI runs
+# make test         the tests; make test-cluster: launchers and faults on two hosts
 # make help         the rest
 
 PYTHON ?= python3
