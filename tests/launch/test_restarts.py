@@ -148,7 +148,10 @@ WORKER = """
         raise DataError("no such file")
     folder, rank, restart = pathlib.Path(sys.argv[1]), os.environ["RANK"], os.environ["NEOX_RESTARTS"]
     loader = subprocess.Popen(["sleep", "60"])
-    (folder / f"{restart}-{rank}").write_text(f"{os.getpid()} {loader.pid} {os.environ['MASTER_PORT']}")
+    note = folder / f"{restart}-{rank}"
+    whole = folder / f"unseen-{rank}"
+    whole.write_text(f"{os.getpid()} {loader.pid} {os.environ['MASTER_PORT']}")
+    whole.rename(note)
     while len(list(folder.glob(f"{restart}-*"))) < 2:
         time.sleep(0.01)
     if restart == "2":

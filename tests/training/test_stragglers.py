@@ -17,8 +17,8 @@ from neox.parallel import collectives
 from neox.parallel.mesh import Mesh
 from neox.training.stragglers import DeviceTime, compared
 
-SLOW, NAP = 2, 0.4
-"""A rank, and seconds that it sleeps in every forward pass: many times what a step takes."""
+SLOW, NAP = 2, 1.0
+"""A rank, and seconds that it sleeps in every forward pass: many times what a step takes, the first one too."""
 
 
 def train_with_a_slow_rank(flat: dict[str, Any], world_size: int) -> None:
