@@ -277,6 +277,14 @@ def _resolve_run(apply: Callable[..., None], problems: Problems, notices: list[s
     )
     apply(lambda data, comparison: check_data(data, comparison, problems, notices), "data", "comparison")
     apply(lambda checkpoint: check_checkpoint(checkpoint, problems), "checkpoint")
+    apply(lambda logging: check_logging(logging, problems), "logging")
+    apply(lambda launch: check_launch(launch, problems), "launch")
+    _check_reliability(apply, problems, notices)
+    _resolve_objective(apply, problems, notices)
+
+
+def _check_reliability(apply: Callable[..., None], problems: Problems, notices: list[str]) -> None:
+    """What a long run does about failures, given what it saves and how it is laid out."""
     apply(
         lambda reliability, checkpoint: check_restarts(problems, reliability=reliability, checkpoint=checkpoint),
         "reliability",
@@ -299,9 +307,6 @@ def _resolve_run(apply: Callable[..., None], problems: Problems, notices: list[s
         "parallel",
         "deepspeed",
     )
-    apply(lambda logging: check_logging(logging, problems), "logging")
-    apply(lambda launch: check_launch(launch, problems), "launch")
-    _resolve_objective(apply, problems, notices)
 
 
 def _resolve_objective(apply: Callable[..., None], problems: Problems, notices: list[str]) -> None:

@@ -12,7 +12,8 @@ from neox.launch.conversation import Errand, Reply, converse
 from neox.launch.hostfile import Pool
 from neox.launch.hosts import carried_variables, master_address
 from neox.launch.node import NODE_RANK, SLOTS
-from neox.launch.restarts import pause, tell, times_restarted
+from neox.launch.reporting import tell
+from neox.launch.restarts import pause, times_restarted
 from neox.launch.ssh import remote_command, run_everywhere, silent_hosts
 from neox.launch.sweep import RUN
 from neox.launch.variables import RESTARTS

@@ -32,10 +32,10 @@ def report_user_error(error: UserError, *, environ: Mapping[str, str] | None = N
         return
     rank, local_rank = _ranks(environ)
     if rank == 0:
-        _print(str(error))
+        tell(str(error))
     else:
         time.sleep(_LAUNCHER_REACTION_SECONDS * (1 if local_rank == 0 else 2))
-        _print(f"[rank {rank}] {error}")
+        tell(f"[rank {rank}] {error}")
 
 
 def _ranks(environ: Mapping[str, str]) -> tuple[int, int]:
@@ -57,7 +57,7 @@ def print_notices(lines: Iterable[str], placement: Placement | None) -> None:
         speaks = placement.rank == 0 and not started_by_us
     if speaks:
         for line in filter(None, lines):
-            _print(line)
+            tell(line)
 
 
 def _print_if_first(error: UserError, lock_path: str) -> None:
@@ -67,9 +67,10 @@ def _print_if_first(error: UserError, lock_path: str) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX)
         lock.seek(0)
         if not lock.read():
-            _print(str(error))
+            tell(str(error))
             lock.write(str(error.exit_status))
 
 
-def _print(message: str) -> None:
+def tell(message: str) -> None:
+    """Write a line to stderr at once."""
     print(message, file=sys.stderr, flush=True)

@@ -1,7 +1,6 @@
 """Starting the ranks of a run again after some of them were lost."""
 
 import signal
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from neox.launch.endings import forwarded_signals
 from neox.launch.main import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, EXIT_USER_ERROR
+from neox.launch.reporting import tell
 from neox.launch.variables import RESTARTS
 
 if TYPE_CHECKING:
@@ -117,8 +117,3 @@ def pause(seconds: float, heard: list[int]) -> bool:
 def _asked(heard: list[int]) -> bool:
     """Whether one of the signals asks the run to end; SIGUSR2 does not."""
     return any(signum != signal.SIGUSR2 for signum in heard)
-
-
-def tell(line: str) -> None:
-    """Write a line to stderr."""
-    print(line, file=sys.stderr, flush=True)

@@ -47,17 +47,23 @@ class Mesh:
     @property
     def tensor_rank(self) -> int:
         """Coordinate along the tensor axis."""
-        return self.rank % self.tensor_size
+        return self.coordinates(self.rank)[2]
 
     @property
     def data_rank(self) -> int:
         """Coordinate along the data axis."""
-        return self.rank // self.tensor_size % self.data_size
+        return self.coordinates(self.rank)[1]
 
     @property
     def pipe_rank(self) -> int:
         """Pipeline stage."""
-        return self.rank // (self.tensor_size * self.data_size)
+        return self.coordinates(self.rank)[0]
+
+    def coordinates(self, rank: int) -> tuple[int, int, int]:
+        """Pipeline stage, data rank and tensor rank of any rank."""
+        rest, tensor_rank = divmod(rank, self.tensor_size)
+        stage, data_rank = divmod(rest, self.data_size)
+        return stage, data_rank, tensor_rank
 
     # What DeepSpeed asks of the object it calls `mpu`.
 

@@ -17,7 +17,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from neox.errors import AbsentError, LaunchError
 from neox.parallel.collectives import record_collectives
-from neox.parallel.torchrun import attempt_store
+from neox.parallel.torchrun import attempt_store, came_and_absent
 
 GROUP_TIMEOUT = timedelta(days=1)
 """How long a collective waits at most; a second net, should the watch fail."""
@@ -25,7 +25,6 @@ GROUP_TIMEOUT = timedelta(days=1)
 _MOST_FILES = 1 << 16
 _POLL_SECONDS = 0.1
 _SECONDS_TO_LINGER = 2.0
-_MOST_NAMED = 8
 
 
 def join_world(backend: str, timeout: timedelta) -> None:
@@ -101,10 +100,8 @@ def _call_roll(store: TCPStore, rank: int, world: int, deadline: float, timeout:
         if store.check(["absent"]):
             # Rank 0 keeps the store, which the others have to read.
             time.sleep(_SECONDS_TO_LINGER if rank == 0 else 0.0)
-            names = store.get("absent").decode().split()
-            named = ", ".join(names[:_MOST_NAMED]) + (", ..." if len(names) > _MOST_NAMED else "")
-            came = f"{world - len(names)} of {world} ranks came; absent: {named}"
-            raise AbsentError(f"{_meeting((store.host, store.port), timeout)} {came}; what they printed may say why")
+            absent = [int(number) for number in store.get("absent").decode().split()]
+            raise AbsentError(f"{_meeting((store.host, store.port), timeout)} {came_and_absent(world, absent)}")
         time.sleep(_POLL_SECONDS * (1 + world / 256))  # all of them ask one process
 
 

@@ -9,7 +9,7 @@ found the part of its own attempt when rank 0 answers it there.
 import json
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -49,13 +49,17 @@ def _open(store: Store, world: int, timeout: timedelta) -> str:
         if time.monotonic() < deadline:
             continue
         absent = [rank for rank, key in enumerate(keys, start=1) if not store.check([key])]
-        named = ", ".join(map(str, absent[:_MOST_NAMED])) + (", ..." if len(absent) > _MOST_NAMED else "")
         raise AbsentError(
-            f"torchrun: after {timeout.total_seconds():g} s (distributed_timeout) {world - len(absent)} of {world} "
-            f"ranks came; absent: {named}; what they printed may say why"
+            f"torchrun: after {timeout.total_seconds():g} s (distributed_timeout) {came_and_absent(world, absent)}"
         )
     store.set(f"{name}/answer", json.dumps({key: store.get(key).decode() for key in keys}))
     return name
+
+
+def came_and_absent(world: int, absent: Sequence[int]) -> str:
+    """How many ranks came, and which did not."""
+    named = ", ".join(map(str, absent[:_MOST_NAMED])) + (", ..." if len(absent) > _MOST_NAMED else "")
+    return f"{world - len(absent)} of {world} ranks came; absent: {named}; what they printed may say why"
 
 
 def _find(store: Store, rank: int, timeout: timedelta) -> str:

@@ -14,7 +14,7 @@ from neox.training.engine import Engine
 from neox.training.loop import Step
 from neox.training.metrics.loggers import MetricLog
 from neox.training.metrics.throughput import Throughput, device_peak_tflops
-from neox.training.saving import Saver, is_save_point
+from neox.training.saving import Saver, is_save_point, is_saved_after
 from neox.training.schedule import LRSchedule
 from neox.training.validation import Evaluator, evaluations_before
 from neox.watch import at_step
@@ -168,7 +168,7 @@ class Checkpoints:
     def after_step(self, step: Step) -> None:
         """Save when due, and where this process ends the run; there nothing is left in the background."""
         iteration = step.progress.iteration
-        if is_save_point(self.config, iteration) or (step.is_last and self.config.checkpoint.save is not None):
+        if is_saved_after(self.config, iteration, is_last=step.is_last):
             self.saver.save(step.progress)
         elif iteration % self.config.logging.log_interval == 0:
             self.saver.look()

@@ -215,7 +215,7 @@ def all_agree(table: Sequence[Sequence[int]], mesh: Mesh, *, masters_are_whole: 
     for among, group_of in groups.items():
         found: dict[tuple[int, int], set[int]] = defaultdict(set)
         for rank, value in enumerate(column[among]):
-            p, d, t = coordinates(rank, mesh)
+            p, d, t = mesh.coordinates(rank)
             if among is not Among.STAGES or p in (0, mesh.pipe_size - 1):
                 found[group_of(p, d, t)].add(value)
         if any(len(values) > 1 for values in found.values()):
@@ -227,15 +227,8 @@ def all_agree(table: Sequence[Sequence[int]], mesh: Mesh, *, masters_are_whole: 
     return all(wrapped(masters[key]) == value for key, value in zip(whose, column[Among.MASTERED], strict=True))
 
 
-def coordinates(rank: int, mesh: Mesh) -> tuple[int, int, int]:
-    """Pipeline stage, data rank and tensor rank."""
-    rest, tensor_rank = divmod(rank, mesh.tensor_size)
-    stage, data_rank = divmod(rest, mesh.data_size)
-    return stage, data_rank, tensor_rank
-
-
 def _shard(rank: int, mesh: Mesh) -> tuple[int, int]:
-    stage, _, tensor_rank = coordinates(rank, mesh)
+    stage, _, tensor_rank = mesh.coordinates(rank)
     return stage, tensor_rank
 
 

@@ -14,7 +14,7 @@ from neox.parallel.mesh import Mesh
 from neox.training.copies import Among, Difference, Prints, all_agree, differences, prints_of
 from neox.training.engine import Engine
 from neox.training.loop import Callback, Rewind, Step
-from neox.training.saving import is_save_point
+from neox.training.saving import is_save_point, is_saved_after
 
 _MOST_NAMED = 8
 
@@ -69,8 +69,7 @@ class Replicas:
         due = []
         if self._before_update is not None:
             due.append(Found(iteration, self._before_update))
-        is_saved = is_save_point(self.config, iteration) or (step.is_last and self.config.checkpoint.save is not None)
-        if is_saved:
+        if is_saved_after(self.config, iteration, is_last=step.is_last):
             due.append(Found(iteration, prints_of(self.engine)))
         self._before_update = None
         self._plan(step.progress)

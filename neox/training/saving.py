@@ -137,6 +137,11 @@ def _stored(engine: Engine) -> Iterator[StoredTensor]:
         yield StoredTensor("random", f"rng/{engine.mesh.rank}", rng_state(engine.mesh.device))
 
 
+def is_saved_after(config: Config, iteration: int, *, is_last: bool) -> bool:
+    """Whether a step is followed by a save: where one is due, and where this process ends."""
+    return is_save_point(config, iteration) or (is_last and config.checkpoint.save is not None)
+
+
 def is_save_point(config: Config, iteration: int) -> bool:
     """Whether a checkpoint is due after this many iterations.
 

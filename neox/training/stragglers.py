@@ -22,7 +22,6 @@ import torch.distributed as dist
 from neox.checkpoint.native.manifest import Progress
 from neox.parallel.collectives import observe_collectives, own_record, seconds_waited
 from neox.parallel.mesh import Mesh
-from neox.training.copies import coordinates
 from neox.training.engine import Engine
 from neox.training.loop import Callback, Step
 from neox.training.metrics.loggers import MetricLog
@@ -135,7 +134,7 @@ def compared(seconds: Sequence[float], mesh: Mesh) -> list[Straggler]:
         seconds: of each rank.
         mesh: for the sizes of the axes.
     """
-    stage = [coordinates(rank, mesh)[0] for rank in range(len(seconds))]
+    stage = [mesh.coordinates(rank)[0] for rank in range(len(seconds))]
     found = []
     for rank, own in enumerate(seconds):
         others = [s for other, s in enumerate(seconds) if other != rank and stage[other] == stage[rank]]
@@ -183,7 +182,7 @@ class Stragglers:
             self.log.log(iteration, worst)
 
     def _line(self, slow: Straggler) -> str:
-        among = f"stage {coordinates(slow.rank, self.mesh)[0]}" if self.mesh.pipe_size > 1 else "all"
+        among = f"stage {self.mesh.coordinates(slow.rank)[0]}" if self.mesh.pipe_size > 1 else "all"
         often = f"; slow at {self._times[slow.rank]} of {self._looks} looks" if self._looks > 1 else ""
         return (
             f"rank {slow.rank} (on {self._hosts[slow.rank]}) is slow: {slow.seconds:.3f} s of its own a step, "

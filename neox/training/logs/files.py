@@ -124,24 +124,6 @@ class HostFile:
 
     def __init__(self, file: AppendedFile) -> None:
         self._file = file
-        self._lines = _Lines(lambda line: self._file.append(line + "\n"))
-
-    def write(self, text: str) -> None:
-        """Write whole lines, keep the rest."""
-        self._lines.add(text)
-
-    def close(self) -> None:
-        """Write what is left."""
-        self._lines.end()
-        self._file.close()
-
-
-class RankFile:
-    """A file of one rank, with time, rank and step before each line."""
-
-    def __init__(self, file: AppendedFile, rank: int) -> None:
-        self._file = file
-        self._rank = rank
         self._lines = _Lines(self._append)
 
     def write(self, text: str) -> None:
@@ -154,10 +136,21 @@ class RankFile:
         self._file.close()
 
     def _append(self, line: str) -> None:
+        self._file.append(line + "\n")
+
+
+class RankFile(HostFile):
+    """A file of one rank, with time, rank and step before each line."""
+
+    def __init__(self, file: AppendedFile, rank: int) -> None:
+        super().__init__(file)
+        self._rank = rank
+
+    def _append(self, line: str) -> None:
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         step = "-" if _standing.step is None else _standing.step
         shown = line.rstrip("\r").rpartition("\r")[2]  # of a line that was drawn over, what it came to
-        self._file.append(f"{now} rank {self._rank} step {step} | {shown}\n")
+        super()._append(f"{now} rank {self._rank} step {step} | {shown}")
 
 
 class _Lines:
