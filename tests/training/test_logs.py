@@ -263,3 +263,27 @@ def test_the_stack_of_a_fatal_signal_is_in_a_file(tmp_path: Path) -> None:
     assert died.returncode == -signal.SIGSEGV
     assert "Segmentation fault" in fatal.read_text()
     assert "in dies" in fatal.read_text()
+
+
+KILLED = """
+import os, sys
+from types import SimpleNamespace
+from neox.training.logs.output import logged_output
+config = SimpleNamespace(logging=SimpleNamespace(log_dir=None, log_file_size=1, log_file_count=1),
+                         checkpoint=SimpleNamespace(save=sys.argv[1]))
+with logged_output(config):
+    print("rank 0 is lost", file=sys.stderr, flush=True)
+    os._exit(3)
+"""
+
+
+def test_what_a_killed_run_said_the_next_one_on_its_port_says_too(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", KILLED, str(tmp_path)]
+    environ = {**os.environ, "RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "29999", "TMPDIR": str(tmp_path)}
+    for _ in range(2):
+        # A launcher of its own, for which the shell stands.
+        done = subprocess.run(
+            ["sh", "-c", '"$@"; exit $?', "sh", *words], env=environ, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 3
+        assert done.stderr == "[rank 1] rank 0 is lost\n"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TextIO
 from neox.errors import ConfigError, UserError
 from neox.launch.environment import LOCAL_LAUNCH
 from neox.launch.reporting import ERROR_LOCK
+from neox.launch.restarts import times_restarted
 from neox.training.logs.files import AppendedFile, Copy, HostFile, RankFile
 from neox.training.logs.once import Once
 from neox.training.logs.streams import CopiedStream, OneOfMany
@@ -69,10 +70,14 @@ def logged_output(config: "Config", environ: Mapping[str, str] = os.environ) -> 
 
 
 def _own_folder(environ: Mapping[str, str]) -> Path:
-    """A folder that the ranks of this run on this host share: the launcher's own, which it removes, if it has one."""
+    """A folder that the ranks of this start on this host share: the launcher's own, which it removes, if it has one.
+
+    No two starts have one in common: what a run that was killed has said, the next one on its port has still to say.
+    """
     if environ.get(LOCAL_LAUNCH) and environ.get(ERROR_LOCK):
         return Path(environ[ERROR_LOCK]).with_name("said")
-    return Path(tempfile.gettempdir()) / f"neox-said-{os.getuid()}-{environ.get('MASTER_PORT', '0')}"
+    start = (os.getuid(), environ.get("MASTER_PORT", "0"), os.getppid(), times_restarted(environ))
+    return Path(tempfile.gettempdir()) / "-".join(["neox-said", *map(str, start)])
 
 
 def _own_copies(stack: ExitStack, config: "Config", folder: Path, rank: int) -> list[Copy]:
