@@ -13,6 +13,7 @@ import sys
 from itertools import chain
 
 from neox.launch.arguments import parse_arguments
+from neox.launch.endings import EarlySignals
 from neox.launch.environment import describe, detect
 from neox.launch.local import local_worker_count, single_placement
 from neox.launch.main import leave, script_main
@@ -24,31 +25,32 @@ from neox.launch.start import Start
 
 def main(argv: list[str]) -> int:
     """Check everything that can be checked here, then run as the rank we are or start the ranks."""
-    arguments = parse_arguments("train", argv)
-    from neox.checkpoint.load import read_loaded_model
-    from neox.config import check_training
+    with EarlySignals() as signals:
+        arguments = parse_arguments("train", argv)
+        from neox.checkpoint.load import read_loaded_model
+        from neox.config import check_training
 
-    placement = detect(os.environ)
-    config = arguments.load(
-        world_size=placement.world_size if placement else None,
-        read_model=read_loaded_model,
-    )
-    check_training(config)
-    from neox.training.preflight import prepare, remarks
-    from neox.training.run import cuda_device_count, train
-
-    start = None
-    if placement is None:
-        workers = local_worker_count(config, cuda_device_count())
-        start = Start(config, workers=workers, restarts=Restarts.of(config))
-        config = config.with_world_size(start.world_size)
+        placement = detect(os.environ)
+        world_size = placement.world_size if placement else None
+        config = arguments.load(world_size=world_size, read_model=read_loaded_model)
         check_training(config)
-    config = prepare(config)
-    first = start.description if start else describe(placement)
-    print_notices(chain([first], remarks(config)), placement)
+        signals.answer_with(config.reliability.requeue_status)
+        from neox.training.preflight import prepare, remarks
+        from neox.training.run import cuda_device_count, train
+
+        start = None
+        if placement is None:
+            workers = local_worker_count(config, cuda_device_count())
+            start = Start(config, workers=workers, restarts=Restarts.of(config))
+            config = config.with_world_size(start.world_size)
+            check_training(config)
+        config = prepare(config)
+        first = start.description if start else describe(placement)
+        print_notices(chain([first], remarks(config)), placement)
+        if start is None or start.is_alone:
+            enter(placement or single_placement())
     if start is not None and not start.is_alone:
         return start.run([sys.argv[0], *argv])
-    enter(placement or single_placement())
     return train(config).status
 
 

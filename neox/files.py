@@ -1,7 +1,8 @@
 """Files that are whole or not there, and on the disk when we say so."""
 
+import errno
 import os
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from neox.errors import UserError
 from neox.pulse import pulse
@@ -14,6 +15,24 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def is_inside(name: str) -> bool:
+    """Whether a name that stands in a file of a folder means a file of that folder."""
+    path = PurePath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+
+
+def place_of(path: Path) -> Path:
+    """Where a finished file is to be moved to become `path`: to what a link means.
+
+    Raises:
+        OSError: there is a device or a pipe, which root would replace: /dev/null say.
+    """
+    place = path.resolve()
+    if place.exists() and not (place.is_file() or place.is_dir()):
+        raise OSError(errno.EINVAL, "it is no file", str(path))
+    return place
 
 
 class WriteBehind:
@@ -55,13 +74,14 @@ def write_whole(path: Path, text: str) -> None:
     Raises:
         UserError: the folder cannot be written; caused by the OSError.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        place = place_of(path)
+        temporary = place.with_name(f".{place.name}.{os.getpid()}")
+        place.parent.mkdir(parents=True, exist_ok=True)
         try:
             temporary.write_text(text, encoding="utf-8")
             flush(temporary)
-            temporary.replace(path)
+            temporary.replace(place)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:

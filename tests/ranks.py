@@ -19,6 +19,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+SECONDS_FOR_PEERS = 30.0
+"""In which the others may end when one has failed; they are killed then."""
+
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240.0) -> list[Any]:
     """Call `function(*args)` on every rank and return what each returned, by rank.
@@ -56,7 +59,7 @@ def kill_ranks_when(
             while not happened():
                 assert time.monotonic() < deadline, "what was to happen before the kill did not"
                 if not all(p.is_alive() for p in processes):
-                    wait_for(processes, 3.0)
+                    wait_for(processes, SECONDS_FOR_PEERS)
                     _result(Path(folder), 0, processes)
                     raise AssertionError("the ranks ended before the kill")
                 time.sleep(0.005)
@@ -114,13 +117,24 @@ def kill(processes: list[BaseProcess]) -> None:
         process.join()
 
 
-def free_port() -> int:
-    """A TCP port nobody listens on now, below those that the kernel gives to connections."""
+def _ports() -> Iterator[int]:
+    """Ports in random order, below those that the kernel gives to connections; of each worker of pytest its own."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    ports = [port for port in range(10_000, 29_000) if port % 16 == worker % 16]
     while True:
-        port = random.SystemRandom().randrange(10_000, 30_000)
+        yield from random.SystemRandom().sample(ports, len(ports))
+
+
+_untried_ports = _ports()
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on now, and none that was given before: its listener may be still to come."""
+    for port in _untried_ports:
         with socket.socket() as listener, contextlib.suppress(OSError):
             listener.bind(("127.0.0.1", port))
             return port
+    raise AssertionError("unreachable")
 
 
 def wait_for(processes: list[BaseProcess], timeout: float) -> None:
@@ -129,7 +143,7 @@ def wait_for(processes: list[BaseProcess], timeout: float) -> None:
     while (left := deadline - time.monotonic()) > 0 and (running := [p for p in processes if p.is_alive()]):
         connection.wait([p.sentinel for p in running], left)
         if any(p.exitcode for p in processes):
-            deadline = min(deadline, time.monotonic() + 3.0)
+            deadline = min(deadline, time.monotonic() + SECONDS_FOR_PEERS)
 
 
 def _rank_main(
@@ -143,7 +157,16 @@ def _rank_main(
         outcome = ("error", traceback.format_exc())
     output.with_suffix(".tmp").write_bytes(pickle.dumps(outcome))
     output.with_suffix(".tmp").rename(output)
+    if rank == 0 and outcome[0] == "ok":
+        _outlast([output.with_stem(str(other)) for other in range(1, world_size)])
     os._exit(outcome[0] == "error")
+
+
+def _outlast(outputs: list[Path]) -> None:
+    """Wait for the others, who may still read from the store that is in this process; but not for one that has died."""
+    deadline = time.monotonic() + SECONDS_FOR_PEERS
+    while time.monotonic() < deadline and not all(output.exists() for output in outputs):
+        time.sleep(0.002)
 
 
 def _result(folder: Path, rank: int, processes: list[BaseProcess]) -> Any:

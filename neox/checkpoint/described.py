@@ -10,8 +10,10 @@ from neox.checkpoint.native.manifest import Progress
 from neox.checkpoint.native.store import NativeReader
 from neox.checkpoint.open import open_checkpoint
 from neox.checkpoint.upstream.reader import NO_HINTS, Hints, UpstreamReader
+from neox.checkpoint.weight_map import weight_map
 from neox.checkpoint.weights import WeightReader
-from neox.config import Config, load_config
+from neox.config import Config, ModelConfig, load_config
+from neox.errors import CheckpointError
 
 SECTIONS = ("model", "tokenizer", "data")
 """What is taken from files that GPT-NeoX saved beside its weights: the rest of them is about a run that is over."""
@@ -34,8 +36,22 @@ def open_described(folder: Path, config_files: Sequence[str | Path] = ()) -> tup
     given = load_config(config_files) if config_files else None
     weights = merged(open_checkpoint(folder, hints=Hints.of(given.model) if given else NO_HINTS))
     if given is not None:
-        return weights, given.with_vocabulary(weights.padded_vocab_size)
+        config = given.with_vocabulary(weights.padded_vocab_size)
+        _check_used(weights, config.model)
+        return weights, config
     return weights, resolved(weights, _described(weights))
+
+
+def _check_used(weights: WeightReader, model: ModelConfig) -> None:
+    """See that a configuration leaves out no parameter: without it the model would compute something else."""
+    names = weight_map(model)
+    for name in weights.names():
+        is_idle = model.gpt_j_tied and ".post_attention_layernorm." in name  # which GPT-NeoX keeps and does not use
+        if name not in names and not is_idle:
+            raise CheckpointError(
+                f"{weights.folder}: holds {name}, which the model of the configuration does not have; "
+                "use the configuration the checkpoint was trained with"
+            )
 
 
 def _described(reader: WeightReader) -> dict[str, Any]:

@@ -13,12 +13,13 @@ from neox.checkpoint.native.manifest import MANIFEST, Manifest, is_native
 from neox.checkpoint.native.store import NativeReader
 from neox.checkpoint.open import locate_checkpoint, open_checkpoint
 from neox.checkpoint.upstream.reader import Hints, UpstreamReader
+from neox.checkpoint.upstream.told import told_by_tensors
 from neox.checkpoint.weights import WeightReader
 from neox.config import LoadedModel, config_from_dict
 from neox.errors import ConfigError
 
-_ARGUMENTS = ("num_layers", "hidden_size", "num_attention_heads")
-"""Sizes that GPT-NeoX saves beside the weights."""
+_REQUIRED = ("num_layers", "hidden_size", "num_attention_heads")
+"""Sizes that no model is without."""
 
 
 def read_model(values: Mapping[str, Any]) -> LoadedModel | None:
@@ -29,7 +30,7 @@ def read_model(values: Mapping[str, Any]) -> LoadedModel | None:
     root = Path(load)
     # All checkpoints of a folder are of one model; whether a damaged one may be passed over is asked when it is loaded.
     folder = checkpoint_to_load(root, iteration, fallback=True) if root.is_dir() else None
-    if folder is None and all(values.get(size) is not None for size in _ARGUMENTS):
+    if folder is None and all(values.get(size) is not None for size in _REQUIRED):
         return None
     found = _read(locate_checkpoint(folder or root), _hints(values))
     return replace(found, batch=_batch_of(folder)) if folder is not None and _keeps_batch(values) else found
@@ -68,10 +69,9 @@ def _hints(values: Mapping[str, Any]) -> Hints:
 
 
 def _sizes(reader: WeightReader) -> dict[str, Any]:
-    """What is known of a model that has no description: the vocabulary, and what GPT-NeoX keeps in its state."""
-    arguments = reader.arguments if isinstance(reader, UpstreamReader) else {}
-    known = {name: arguments[name] for name in _ARGUMENTS if name in arguments}
-    return known | {"padded_vocab_size": reader.padded_vocab_size}
+    """What is known of a model that has no description: the vocabulary, and what GPT-NeoX's tensors tell."""
+    told = told_by_tensors(reader) if isinstance(reader, UpstreamReader) else {}
+    return told | {"padded_vocab_size": reader.padded_vocab_size}
 
 
 def _place(reader: WeightReader) -> Path:

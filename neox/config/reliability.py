@@ -3,7 +3,8 @@
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from neox.config.keys import Float, Int, Lower, Section, number, setting
 
@@ -15,13 +16,18 @@ def seconds(value: Any) -> Any:
 
     YAML itself reads 12:00:00 without quotes as a number of seconds.
     """
-    if isinstance(value, str) and (match := _CLOCK.fullmatch(value.strip())):
+    if not isinstance(value, str):
+        return value
+    if match := _CLOCK.fullmatch(value.strip()):
         days, hours, minutes, rest = (int(part or 0) for part in match.groups())
         return float(((days * 24 + hours) * 60 + minutes) * 60 + rest)
-    return number(value)
+    found = number(value)
+    if isinstance(found, str):
+        raise PydanticCustomError("seconds", "a number of seconds, H:MM:SS or D-HH:MM:SS")
+    return found
 
 
-Seconds = Annotated[float, BeforeValidator(seconds)]
+Seconds = Annotated[float, BeforeValidator(seconds), Field(allow_inf_nan=False)]
 StepAction = Annotated[Literal["stop", "skip", "skip_batch", "rewind"], Lower]
 
 _ACTIONS = (
@@ -37,7 +43,7 @@ class ReliabilityConfig(Section):
         None,
         "Seconds, or H:MM:SS, after which the run saves and ends; counted from the start of the command.",
         gt=0,
-        rule="The time of two steps and of a save is kept free before it.",
+        rule="The time of two steps and of a save, with async_save of two, is kept free before it.",
     )
     stop_file: str | None = setting(
         None,
@@ -55,6 +61,7 @@ class ReliabilityConfig(Section):
         600.0,
         "Seconds, or H:MM:SS, in which every process must answer and get on; else all end and name the one.",
         gt=0,
+        le=86_400.0,
         rule="Also the time in which all must have come at the start; start, saves and evaluations may take longer.",
     )
     max_restarts: Int = setting(

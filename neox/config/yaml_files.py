@@ -15,7 +15,7 @@ import yaml
 from neox.config.problems import Problems, did_you_mean
 from neox.errors import ConfigError
 
-_SUFFIXES = (".yml", ".yaml", ".json")
+SUFFIXES = (".yml", ".yaml", ".json")
 
 _MOST_VALUES = 100_000
 """Values of one file; far more than any configuration has."""
@@ -85,14 +85,14 @@ def resolve_config_paths(names: Sequence[str | Path], config_dir: str | Path | N
 
 
 def _find(path: Path) -> Path:
-    for candidate in (path, *(path.with_name(path.name + suffix) for suffix in _SUFFIXES)):
+    for candidate in (path, *(path.with_name(path.name + suffix) for suffix in SUFFIXES)):
         if candidate.is_file():
             return candidate
     if path.is_dir():
         raise ConfigError(f"{path}: is a folder; name a file in it")
     if not path.parent.is_dir():
         raise ConfigError(f"{path}: no such file, and no folder {path.parent}")
-    names = {p.name: p for p in path.parent.iterdir() if p.suffix in _SUFFIXES}
+    names = {p.name: p for p in path.parent.iterdir() if p.suffix in SUFFIXES}
     names |= {p.stem: p for p in names.values()}
     near = did_you_mean(path.name, names)
     raise ConfigError(f"{path}: no such file{near}" if near else f"{path}: no such file; check the path")

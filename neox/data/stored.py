@@ -91,7 +91,10 @@ class StoredFile:
         return descriptor
 
     def _find_size(self) -> int:
-        return self.path.stat().st_size if self.size < 0 else self.size
+        if self.size >= 0:
+            return self.size
+        descriptor = _Descriptor(self.path)  # stat by name would not say whether it may be read
+        return os.fstat(descriptor.number).st_size
 
     def _try_again(self, size: int, offset: int, error: OSError) -> bytearray:
         def read() -> bytearray:

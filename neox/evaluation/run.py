@@ -1,19 +1,22 @@
 """What `evaluate.py` does."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from neox.config import Config
 from neox.data.tokenizers import Tokenizer
+from neox.errors import UserError
 from neox.evaluation.harness import require_harness
 from neox.evaluation.tasks import find_tasks
 from neox.files import write_whole
 from neox.inference.loading import load_model, open_model
 from neox.model.layers import Decoder
 from neox.parallel.mesh import Mesh
+from neox.secrets import masked_values
 
 
 def run_evaluation(config: Config, mesh: Mesh) -> None:
@@ -56,6 +59,9 @@ def evaluate_model(
 
     Returns:
         The harness' results on rank 0 (key "results": task -> metric -> value), None elsewhere.
+
+    Raises:
+        UserError: the data of a task are not here and cannot be fetched.
     """
     require_harness()
     from lm_eval import simple_evaluate
@@ -65,15 +71,29 @@ def evaluate_model(
     batch_size = config.batch.train_micro_batch_size_per_gpu or 1
     adapter = HarnessModel(model, tokenizer, batch_size=batch_size, mesh=mesh, info=info)
     names, manager = tasks
-    results: dict[str, Any] | None = simple_evaluate(
-        model=adapter,
-        tasks=list(names),
-        task_manager=manager,
-        batch_size=batch_size,
-        device=str(mesh.device),
-        log_samples=False,
-    )
+    with _absent_data_in_one_line():
+        results: dict[str, Any] | None = simple_evaluate(
+            model=adapter,
+            tasks=list(names),
+            task_manager=manager,
+            batch_size=batch_size,
+            device=str(mesh.device),
+            log_samples=False,
+        )
     return results if mesh.rank == 0 else None
+
+
+@contextmanager
+def _absent_data_in_one_line() -> Iterator[None]:
+    """Tell of data that are not here and cannot be fetched: hosts that compute often reach no network."""
+    try:
+        yield
+    except (ConnectionError, FileNotFoundError) as error:
+        what = " ".join(str(error).split()).rstrip(".")
+        raise UserError(
+            f"eval_tasks: the data of a task cannot be read ({what}); check its data files, or run it once where the "
+            "Hub can be reached, with the same HF_HOME"
+        ) from error
 
 
 def _about(config: Config) -> dict[str, Any]:
@@ -82,7 +102,7 @@ def _about(config: Config) -> dict[str, Any]:
         "checkpoint": str(open_model(config).folder),
         "precision": config.model.precision,
         "model_parallel_size": config.parallel.model_parallel_size,
-        "neox_config": config.to_flat(),
+        "neox_config": masked_values(config.to_flat()),
     }
 
 

@@ -45,7 +45,7 @@ def run_generation(config: Config, mesh: Mesh) -> None:
     if mesh.rank == 0:
         path = Path(config.generation.sample_output_file)
         write_whole(path, "".join(json.dumps(record(result), ensure_ascii=False) + "\n" for result in results))
-        print(f"{len(results)} samples written to {path}")
+        print(f"{len(results)} sample{'s' * (len(results) != 1)} written to {path}")
 
 
 def generation_kind(config: Config) -> str:

@@ -7,7 +7,6 @@ check       are the hosts of a file fit for a run? One table; exit status 0 is g
 """
 
 import os
-import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from neox.errors import LaunchError
 from neox.launch import options as shared
 from neox.launch.hostfile import choose, read_hostfile
 from neox.launch.hosts import starter_of
-from neox.launch.kubernetes import Pods, manifest
+from neox.launch.kubernetes import Pods, manifest, spelled
 from neox.launch.main import script_main
 from neox.launch.preflight import check_hosts
 from neox.launch.restarts import REQUEUE_STATUS
@@ -51,9 +50,11 @@ def slurm(argv: list[str]) -> int:
     parser.add_argument("--partition", metavar="NAME")
     parser.add_argument("--account", metavar="NAME", help="default: the key account")
     parser.add_argument("--comment", metavar="TEXT", help="default: the key comment")
-    parser.add_argument("--cpus-per-task", type=int, metavar="N", help="cores of each process")
+    parser.add_argument("--cpus-per-task", type=shared.positive, metavar="N", help="cores of each process")
     parser.add_argument("--logs", default="logs", metavar="DIR", help="folder of the log; default: %(default)s")
-    parser.add_argument("--warning", type=int, default=300, metavar="SECONDS", help="to save in; default: %(default)s")
+    parser.add_argument(
+        "--warning", type=shared.positive, default=300, metavar="SECONDS", help="to save in; default: %(default)s"
+    )
     parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="as --sbatch=--qos=high")
     parser.add_argument("--srun", action="append", default=[], metavar="OPTION", help="as --srun=--mpi=none")
     parser.add_argument("--no-requeue", dest="requeue", action="store_false", help="end when warned")
@@ -113,8 +114,7 @@ def kubernetes(argv: list[str]) -> int:
     # Nothing tells a pod that it is not the first.
     again = ["auto_resume=true", f"requeue_status={status}"] if options.max_restarts else []
     pods = Pods(
-        # Names of pods are names of hosts.
-        name=re.sub(r"[^a-z0-9]+", "-", shared.job_name(options).lower()).strip("-"),
+        name=spelled(shared.job_name(options), nodes[0]),
         nodes=nodes[0],
         gpus_per_node=gpus,
         tasks_per_node=tasks,
@@ -158,9 +158,13 @@ def check(argv: list[str]) -> int:
     parser.add_argument("hostfile", nargs="?", metavar="HOSTFILE", help="lines HOST slots=N; not with --slurm")
     shared.add_configuration(parser, nargs="*")
     parser.add_argument("--slurm", action="store_true", help="the hosts of the Slurm job around us")
-    parser.add_argument("--write-mb", type=int, default=256, metavar="MB", help="file that tells a disk's speed")
-    parser.add_argument("--message-mb", type=int, default=64, metavar="MB", help="messages that tell a link's speed")
-    parser.add_argument("--timeout", type=float, default=120, metavar="SECONDS", help="for each step")
+    parser.add_argument(
+        "--write-mb", type=shared.positive, default=256, metavar="MB", help="file that tells a disk's speed"
+    )
+    parser.add_argument(
+        "--message-mb", type=shared.positive, default=64, metavar="MB", help="messages that tell a link's speed"
+    )
+    parser.add_argument("--timeout", type=shared.positive, default=120, metavar="SECONDS", help="for each step")
     options = parser.parse_intermixed_args(argv)
     words = [word for word in (options.hostfile, *options.config) if word is not None]
     path = None if options.slurm or not words else Path(words.pop(0))

@@ -98,7 +98,7 @@ def detect(environ: Mapping[str, str]) -> Placement | None:
         return _from_openmpi(environ)
     if _is_slurm_rank(environ) and not _is_hydra_in_slurm(environ):
         return _from_slurm(environ)
-    if "PMI_RANK" in environ:
+    if "PMI_RANK" in environ or "MV2_COMM_WORLD_RANK" in environ:
         return _from_pmi(environ)
     if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & set(given):
         missing = ", ".join(name for name in TORCH_NAMES if name not in given)
@@ -175,10 +175,12 @@ def _from_openmpi(environ: Mapping[str, str]) -> Placement:
 
 
 def _from_pmi(environ: Mapping[str, str]) -> Placement:
-    world_size = integer(environ, "PMI_SIZE")
+    # MVAPICH's own mpirun_rsh sets names of its own only.
+    names = "PMI" if "PMI_RANK" in environ else "MV2_COMM_WORLD"
+    world_size = integer(environ, f"{names}_SIZE")
     local_rank, local_size = _pmi_local(environ, world_size)
     return Placement(
-        rank=integer(environ, "PMI_RANK"),
+        rank=integer(environ, f"{names}_RANK"),
         local_rank=local_rank,
         world_size=world_size,
         local_world_size=local_size,

@@ -93,7 +93,7 @@ def start_command(config: "Config", pool: Pool, argv: Sequence[str], environ: Ma
         raise LaunchError(f"launcher: {starter} cannot be told which slots of a host to use; set launcher: pdsh or ssh")
     script = [sys.executable, "-u", os.path.abspath(argv[0]), *argv[1:]]
     if starter == "slurm":
-        return [*_srun(config, pool), *script]
+        return [*_srun(config, pool, environ), *script]
     meeting = {
         "MASTER_ADDR": master_address(config, environ) or next(iter(pool)),
         "MASTER_PORT": str(config.launch.master_port),
@@ -137,12 +137,23 @@ def _deepspeed(config: "Config", pool: Pool, argv: Sequence[str], environ: Mappi
     return [*command, "--no_ssh_check", *argv]
 
 
-def _srun(config: "Config", pool: Pool) -> list[str]:
+def _srun(config: "Config", pool: Pool, environ: Mapping[str, str]) -> list[str]:
     counts = {len(slots) for slots in pool.values()}
     if len(counts) > 1:
         numbers = ", ".join(f"{len(slots)} on {host}" for host, slots in pool.items())
         raise LaunchError(f"launcher: slurm starts as many processes on every host, not {numbers}; set num_gpus")
-    options = {"comment": config.launch.comment, "account": config.launch.account}
+    launch = config.launch
+    # A port that nobody chose is one of the job's own: neighbours in the queue may share a host.
+    port = launch.master_port if "master_port" in launch.model_fields_set else None
+    meeting = {"MASTER_ADDR": launch.master_addr, "MASTER_PORT": port}
+    exports = ["ALL", *(f"{name}={value}" for name, value in meeting.items() if value is not None)]
+    options = {
+        "export": ",".join(exports) if len(exports) > 1 else None,
+        "comment": launch.comment,
+        "account": launch.account,
+        # srun itself does not take it over from the job since Slurm 22.05.
+        "cpus-per-task": environ.get("SLURM_CPUS_PER_TASK"),
+    }
     each = counts.pop()
     return [
         _find("slurm", "srun"),

@@ -4,6 +4,7 @@ JobSet (https://jobset.sigs.k8s.io) numbers the pods and gives the first a name;
 torchrun's PET_ variables. Both are read by `neox.launch.node`.
 """
 
+import re
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from neox.launch.variables import DEFAULT_MASTER_PORT
 
 GRACE_SECONDS = 300
 """Between SIGTERM and SIGKILL: time to save a checkpoint."""
+
+_LONGEST_NAME = 63
+"""Characters of a DNS label, which names of pods are."""
 
 _POD_NUMBER = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
 
@@ -47,6 +51,16 @@ class Pods:
     max_restarts: int = 3
     requeue_status: int = REQUEUE_STATUS
     namespace: str | None = None
+
+
+def spelled(name: str, nodes: int) -> str:
+    """A name of so many pods as Kubernetes has it: small letters, digits and dashes, a letter first.
+
+    Short enough for what is appended to it: by JobSet `-host-0-NUMBER-abcde`, by PyTorchJob `-worker-NUMBER`.
+    """
+    words = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    words = words if words[:1].isalpha() else f"neox-{words}"
+    return words[: _LONGEST_NAME - len(f"-host-0-{nodes - 1}-abcde")].rstrip("-")
 
 
 def manifest(pods: Pods, kind: Literal["jobset", "pytorchjob"]) -> dict[str, Any]:
@@ -112,6 +126,9 @@ def _pytorchjob(pods: Pods) -> dict[str, Any]:
     # The operator looks for a container of this name and adds the variables.
     spec = _pod(pods, [], container="pytorch")
     del spec["restartPolicy"]  # the operator's to say
+    # So is the port, which it looks for by this name. One of another name would be a second, and Kubernetes refuses a
+    # service with two ports of which one has no name.
+    spec["containers"][0]["ports"][0]["name"] = "pytorchjob-port"
     replicas = {"Master": 1} | ({"Worker": pods.nodes - 1} if pods.nodes > 1 else {})
     return {
         "apiVersion": "kubeflow.org/v1",

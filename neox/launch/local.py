@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from neox.errors import LaunchError, UserError
 from neox.launch.clock import STARTED, started
-from neox.launch.endings import ENDING, exit_status, forwarded_signals
+from neox.launch.endings import ENDING, Insistence, exit_status, forwarded_signals
 from neox.launch.environment import LOCAL_LAUNCH, LOOPBACK, Placement, export
 from neox.launch.node import Node
 from neox.launch.reporting import ERROR_LOCK
@@ -53,8 +53,8 @@ def run_local(
     """Run `workers` copies of `python ARGV...` as the ranks of this machine, and wait for all.
 
     The first worker to fail ends the others: SIGTERM, then SIGKILL after `grace` seconds. SIGINT, SIGTERM
-    and SIGHUP are passed on, and the workers may take their time (to save a checkpoint); a second such
-    signal kills them. SIGUSR1 and SIGUSR2 are passed on as often as they come. If this process is killed the
+    and SIGHUP are passed on, and the workers may take their time (to save a checkpoint); a SIGINT or SIGTERM after
+    that kills them. SIGUSR1 and SIGUSR2 are passed on as often as they come. If this process is killed the
     workers die with it, provided that they call `die_with_parent`, as `script_main` does.
 
     Args:
@@ -105,18 +105,21 @@ class _Workers:
         self.terminal = terminal
         self.heard = heard
         self.processes: list[subprocess.Popen[bytes]] = []
-        self.signals_received = 0
+        self._insistence = Insistence()
         self._orphaned: set[int] = set()
 
     def start(self, command: Sequence[str], *, places: Sequence[Placement], environ: Mapping[str, str]) -> None:
         for place in places:
-            if self.signals_received:  # asked to stop while starting
+            before = len(self.heard)
+            if any(signum in ENDING for signum in self.heard):  # asked to stop while starting
                 return
             try:
                 self.processes.append(self._start_one(command, place, environ))
             except OSError as error:
                 which = f"worker {place.local_rank} of {len(places)}"
                 raise LaunchError(f"cannot start {which}: {error}; try fewer workers") from error
+            for signum in self.heard[before:]:  # came before it was one of those that are told
+                self._pass_on(signum, [place.local_rank])
 
     def _start_one(
         self, command: Sequence[str], place: Placement, environ: Mapping[str, str]
@@ -169,13 +172,19 @@ class _Workers:
         self.end_orphans()
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
-        """Signal handler: pass warnings and the first request to end on, turn any later request into SIGKILL."""
+        """Signal handler: pass warnings and the first request to end on, turn who asks again into SIGKILL."""
+        if signum in ENDING:
+            if self._insistence.is_echo(signum):
+                return
+            if self._insistence.is_again(signum):
+                self.heard.append(signum)
+                self.send(signal.SIGKILL)
+                return
         self.heard.append(signum)
-        self.signals_received += signum in ENDING
-        if self.signals_received > 1 and signum in ENDING:
-            self.send(signal.SIGKILL)
-            return
-        for rank in self.alive():
+        self._pass_on(signum, self.alive())
+
+    def _pass_on(self, signum: int, ranks: Sequence[int]) -> None:
+        for rank in ranks:
             # The terminal has already interrupted the worker in its foreground group.
             if not (signum == signal.SIGINT and self._shares_terminal(rank)):
                 self.processes[rank].send_signal(signum)
@@ -193,6 +202,8 @@ def _supervise(group: _Workers, *, grace: float) -> int:
         if time.monotonic() > deadline:
             group.send(signal.SIGKILL)
         time.sleep(_POLL_SECONDS)
+    if not group.processes:
+        return 128 + group.heard[0]
     return exit_status(first_failure, group.failures(), group.heard)
 
 

@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from neox.errors import UserError
+from neox.launch.endings import EXIT_INTERRUPTED
 from neox.launch.environment import strip_local_rank
 from neox.launch.reporting import report_user_error
 from neox.launch.worker import die_with_parent
 
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 
@@ -28,6 +28,7 @@ def script_main(function: Callable[[list[str]], int | None], argv: Sequence[str]
         2 after a UserError, 1 after one of storage that failed; its text goes to stderr once per group of workers. 130
         after Ctrl-C. Any other exception is a defect and keeps its traceback.
     """
+    _open_streams()
     die_with_parent(os.environ)
     arguments = strip_local_rank(sys.argv[1:] if argv is None else argv)
     try:
@@ -41,6 +42,14 @@ def script_main(function: Callable[[list[str]], int | None], argv: Sequence[str]
         # The reader, `head` say, has seen enough. Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
+
+
+def _open_streams() -> None:
+    """Give a process the standard streams that it was started without (`2>&-`), lest files of ours take their place."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
 
 
 def leave(status: int) -> NoReturn:

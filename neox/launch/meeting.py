@@ -69,4 +69,5 @@ def check_port(port: int) -> None:
             known = {errno.EADDRINUSE: "is in use", errno.EACCES: "is reserved"}
             reason = known.get(error.errno or 0, f"cannot be used ({error.strerror})")
             where = f"{port} {reason} on {socket.gethostname()}"
-            raise LaunchError(f"master_port: {where}; set another (key master_port, or MASTER_PORT)") from None
+            another = "MASTER_PORT, or the key master_port if train.py starts the hosts"
+            raise LaunchError(f"master_port: {where}; set another ({another})") from None

@@ -12,6 +12,22 @@ if TYPE_CHECKING:
     from neox.config import Config
 
 
+def positive(text: str) -> int:
+    """The value of a flag that counts things of which there is at least one."""
+    return _at_least(1, text)
+
+
+def natural(text: str) -> int:
+    """The value of a flag that counts things of which there may be none."""
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {least}")
+    return int(text)
+
+
 def command_parser(name: str, description: str) -> Parser:
     """A parser for the words after the command's name."""
     return Parser(prog=f"python -m neox.launch {name}", description=description, allow_abbrev=False)
@@ -27,9 +43,13 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     """The configuration, what runs, on how many hosts, and the file to write."""
     add_configuration(parser)
     parser.add_argument("--nodes", required=True, metavar="N", help="hosts; MIN-MAX for Slurm and an elastic run")
-    parser.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs of each host; default: num_gpus, or 8")
-    parser.add_argument("--tasks-per-node", type=int, metavar="N", help="processes of each host; default: one a GPU")
-    parser.add_argument("--max-restarts", type=int, default=3, metavar="N", help="after failures; default: %(default)s")
+    parser.add_argument("--gpus-per-node", type=natural, metavar="N", help="GPUs of each host; default: num_gpus, or 8")
+    parser.add_argument(
+        "--tasks-per-node", type=positive, metavar="N", help="processes of each host; default: one a GPU"
+    )
+    parser.add_argument(
+        "--max-restarts", type=natural, default=3, metavar="N", help="after failures; default: %(default)s"
+    )
     add_file(parser)
 
 
@@ -124,8 +144,6 @@ def processes_per_node(options: argparse.Namespace, config: "Config") -> tuple[i
     """
     gpus = options.gpus_per_node if options.gpus_per_node is not None else config.launch.num_gpus or 8
     tasks = options.tasks_per_node or gpus or 1
-    if gpus < 0:
-        raise LaunchError(f"--gpus-per-node {gpus}: give at least 0")
     if 0 < gpus < tasks:
         raise LaunchError(f"--tasks-per-node {tasks}: a host has {gpus} GPUs, one for each process; lower it")
     return gpus, tasks

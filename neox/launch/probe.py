@@ -47,7 +47,7 @@ def look(request: dict[str, Any]) -> dict[str, Any]:
         "software": software(),
         "commit": commit(),
         "gpus": _attempt(gpus),
-        "save": _attempt(partial(_try_folder, request)) if request["save"] else None,
+        "save": _attempt(partial(_try_folder, request), request["save"]) if request["save"] else None,
         "data": {prefix: _attempt(partial(data_files, prefix)) for prefix in request["data"]},
         "time": time.time(),
     }
@@ -64,11 +64,12 @@ def tidy(request: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def _attempt(find: Callable[[], Any]) -> Any:
+def _attempt(find: Callable[[], Any], where: str = "files") -> Any:
+    """What is found, or the error; `where` is for one that names no file, as that of a write."""
     try:
         return find()
     except OSError as error:
-        return {"error": f"{error.filename or 'files'}: {(error.strerror or str(error)).lower()}"}
+        return {"error": f"{error.filename or where}: {(error.strerror or str(error)).lower()}"}
     except (ValueError, subprocess.SubprocessError) as error:
         return {"error": str(error)}
 

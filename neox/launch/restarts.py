@@ -2,14 +2,14 @@
 
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from neox.launch.endings import forwarded_signals
-from neox.launch.main import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, EXIT_USER_ERROR
+from neox.launch.endings import EXIT_INTERRUPTED, forwarded_signals
+from neox.launch.main import EXIT_BROKEN_PIPE, EXIT_USER_ERROR
 from neox.launch.reporting import tell
 from neox.launch.variables import RESTARTS
 
@@ -42,12 +42,12 @@ class Restarts:
     Attributes:
         limit: restarts in a row without a new checkpoint.
         save: folder of checkpoints, in which progress is seen; None if the run saves nothing.
-        requeue_status: status of a run that was asked to end and is to go on later, 0 if it has none of its own.
+        requeue_status: status of a run that was asked to end and is to go on later; None for what does not go on.
     """
 
     limit: int = 0
     save: Path | None = None
-    requeue_status: int = 0
+    requeue_status: int | None = None
 
     @classmethod
     def of(cls, config: "Config") -> "Restarts":
@@ -67,6 +67,12 @@ class Restarts:
     def is_final(self, status: int) -> bool:
         """Whether starting again cannot mend what ended with this status, or is not to."""
         return status in _FINAL or status == self.requeue_status
+
+    def when_asked(self, status: int, heard: Sequence[int]) -> int:
+        """The status of a run that was asked to end: processes that had yet to learn of it die of the signal itself."""
+        if self.requeue_status is None or status not in {128 + signum for signum in heard}:
+            return status
+        return EXIT_INTERRUPTED if status == 128 + signal.SIGINT else self.requeue_status
 
 
 Attempt = Callable[[int, list[int]], int | None]
@@ -93,7 +99,9 @@ def run_with_restarts(attempt: Attempt, restarts: Restarts) -> int:
             if ended is None:
                 return status
             status = ended
-            if _asked(heard) or restarts.is_final(status):
+            if _asked(heard):
+                return restarts.when_asked(status, heard)
+            if restarts.is_final(status):
                 return status
             in_a_row = 0 if restarts.newest() != before else in_a_row
             if in_a_row >= restarts.limit:

@@ -82,7 +82,7 @@ def batch_file(job: Job, *, folder: Path, python: str = sys.executable) -> str:
         lock=ERROR_LOCK,
         started=STARTED,
         restarts=RESTARTS,
-        step=f"srun --kill-on-bad-exit=1{where} {shlex.join([*job.srun, python, '-u', *job.command])}",
+        step=f"srun --kill-on-bad-exit=1 $cores{where} {shlex.join([*job.srun, python, '-u', *job.command])}",
     )
 
 
@@ -160,6 +160,8 @@ again() {{
 export {lock}=$logs/.mistake-$SLURM_JOB_ID
 # time_limit counts from here, whatever is started again.
 export {started}=$(date +%s)
+# srun does not take this over from the job since Slurm 22.05, and would give every process one core.
+cores=${{SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}}
 
 status={requeue_status}
 restarts=0
@@ -193,8 +195,15 @@ again
 
 
 def write_batch_file(job: Job, path: Path, *, folder: Path) -> None:
-    """Write the batch file, and make the folder of its log, which Slurm does not."""
-    (folder / job.logs).mkdir(parents=True, exist_ok=True)
+    """Write the batch file, and make the folder of its log, which Slurm does not.
+
+    Raises:
+        UserError: either cannot be written.
+    """
+    try:
+        (folder / job.logs).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LaunchError(f"--logs {job.logs}: cannot be made ({error.strerror}); choose another folder") from None
     write_whole(path, batch_file(job, folder=folder))
     path.chmod(0o755)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from neox.errors import LaunchError
-from neox.launch.endings import exit_status, forwarded_signals
+from neox.launch.endings import ENDING, Insistence, exit_status, forwarded_signals
 
 SSH = (
     *("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10"),
@@ -94,7 +94,7 @@ class _Connections:
     def __init__(self, heard: list[int]) -> None:
         self.processes: list[subprocess.Popen[bytes]] = []
         self.heard = heard
-        self.endings = 0
+        self._insistence = Insistence()
 
     def start(self, command: Sequence[str]) -> None:
         # A group of its own: Ctrl-C at the terminal must not cut the line before the program has saved its work.
@@ -113,9 +113,10 @@ class _Connections:
         return exit_status(first_failure, [status for status in statuses if status], self.heard)
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
+        if signum in ENDING and self._insistence.is_echo(signum):
+            return
         self.heard.append(signum)
-        self.endings += signum in (signal.SIGINT, signal.SIGTERM)
-        if self.endings > 1:
+        if signum in ENDING and self._insistence.is_again(signum):
             self.hang_up()
             return
         for process in self.processes:

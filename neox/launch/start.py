@@ -1,9 +1,9 @@
 """What a script that no launcher started does: start its ranks here, or hand over to what starts them elsewhere."""
 
 import os
-import subprocess
+import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from neox.errors import LaunchError
 from neox.launch.hostfile import Pool, hostfile_path
@@ -91,7 +91,7 @@ class Start:
         return self._node is None or self._node.rank == 0
 
     def run(self, argv: Sequence[str]) -> int:
-        """Start the ranks and wait for all; return the exit status.
+        """Start the ranks and wait for all; return the exit status, or become the launcher that does so.
 
         Args:
             argv: script and arguments, as in `sys.argv`.
@@ -109,7 +109,7 @@ class Start:
         if self._config.launch.preflight and not self._is_fit():
             return EXIT_NO_GO
         if command:
-            return subprocess.call(command)
+            _become(command)
         return run_with_restarts(RunOverSsh(self._config, self._hosts, argv, os.environ).attempt, self._restarts)
 
     def _run_here(self, argv: Sequence[str], number: int, heard: list[int]) -> int:
@@ -120,3 +120,10 @@ class Start:
         from neox.launch.preflight import check_hosts  # rich, for a table that few runs ask for
 
         return check_hosts(hostfile_path(self._config, os.environ), self._config)
+
+
+def _become(command: list[str]) -> NoReturn:
+    """Go on as another program, so that every signal is its own: it knows how to end what it started elsewhere."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execvp(command[0], command)

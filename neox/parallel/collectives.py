@@ -88,7 +88,8 @@ class Record:
     def fail(self, error: BaseException) -> None:
         """It raised."""
         self.failed = True
-        setattr(error, _MARK, self.name)
+        if not _is_of_a_loader(error):
+            setattr(error, _MARK, self.name)
 
     def end(self) -> None:
         """It has returned."""
@@ -205,6 +206,14 @@ def seconds_waited() -> float:
     With NCCL a collective returns when it is queued, and this is the host's time only.
     """
     return sum(record.seconds for record in list(_records.values()) if record.is_of_step)
+
+
+def _is_of_a_loader(error: BaseException) -> bool:
+    """Whether torch says by it that a process that reads data has died, which it does wherever the main thread is."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return traceback is not None and "/torch/utils/data/" in traceback.tb_frame.f_code.co_filename
 
 
 def raised_by_collective(error: BaseException) -> bool:

@@ -9,6 +9,7 @@ from neox.checkpoint.runs import RunReader
 from neox.config import Config, config_from_dict, named_datasets
 from neox.config.schema import places
 from neox.errors import ConfigError
+from neox.secrets import masked_values
 from neox.training.origin import Origin
 from neox.training.provenance import provenance
 
@@ -116,11 +117,12 @@ def _content(fingerprint: dict[str, Any] | None) -> str:
 
 
 def _changed_keys(config: Config, saved: Manifest) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Keys that either sets, whose values as they run are not the same."""
-    before, after = _flatten(saved.config), _flatten(config.given)
-    resolved_before, resolved_after = _resolved(saved), _flatten(config.to_flat(resolved=True))
+    """Keys that either sets, whose values as they run are not the same; and the batch, which the processes set too."""
+    before, after = _flatten(saved.config), _flatten(masked_values(config.given))
+    resolved_before, resolved_after = _resolved(saved), _flatten(masked_values(config.to_flat(resolved=True)))
     untold = {place.key for section in _UNTOLD_SECTIONS for place in places(section)} | {*_UNTOLD, "precision"}
-    for key in sorted(before.keys() | after.keys()):
+    batch = {"train_batch_size"} & resolved_before.keys()
+    for key in sorted(before.keys() | after.keys() | batch):
         if key in untold or key.startswith("lora.") or key.endswith("data_path") or "_data_paths" in key:
             continue
         old, new = resolved_before.get(key, before.get(key)), resolved_after.get(key, after.get(key))

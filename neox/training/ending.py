@@ -90,7 +90,7 @@ class EarlyEnd:
     """Ends a run when it is asked to, on all ranks alike; and a callback, the last one, that measures its steps."""
 
     def __init__(
-        self, config: Config, mesh: Mesh, signals: Signals, *, longest_save: Callable[[], float | None]
+        self, config: Config, mesh: Mesh, signals: Signals, *, seconds_to_save: Callable[[], float | None]
     ) -> None:
         """Make the group that votes; a collective.
 
@@ -98,7 +98,7 @@ class EarlyEnd:
             config: the run.
             mesh: this rank's place.
             signals: what has come so far.
-            longest_save: seconds that a checkpoint takes; None before there was one.
+            seconds_to_save: seconds that a checkpoint takes; None before there was one.
         """
         self.config = config
         self.mesh = mesh
@@ -107,7 +107,7 @@ class EarlyEnd:
         self.reason = Reason.NONE
         limit = config.reliability.time_limit
         self.deadline = None if limit is None else started(os.environ) + limit
-        self.pace = Pace(longest_save, unknown_save=min(_UNKNOWN_SAVE, (limit or 0.0) / 10))
+        self.pace = Pace(seconds_to_save, unknown_save=min(_UNKNOWN_SAVE, (limit or 0.0) / 10))
         self._vote = Vote(mesh)
         self._is_voting = False
         self._looked = float("-inf")
@@ -190,14 +190,16 @@ class EarlyEnd:
         if save is None:
             return f"{asked}: ended after {where}; nothing is saved, for save is not set"
         saved = Path(save) / f"global_step{progress.iteration}"
+        if not saved.is_dir():  # a rewind has led back to where the run started
+            return f"{asked}: ended at {where}, where the run went back to; nothing new to save"
         return f"{asked}: ended after {where}; saved in {saved}; {_way_on(self.config)}"
 
 
 class Pace:
     """How long the parts of a step take, at most so far."""
 
-    def __init__(self, longest_save: Callable[[], float | None], *, unknown_save: float) -> None:
-        self.longest_save = longest_save
+    def __init__(self, seconds_to_save: Callable[[], float | None], *, unknown_save: float) -> None:
+        self.seconds_to_save = seconds_to_save
         self.unknown_save = unknown_save
         self.steps = 0
         self.step_seconds = 0.0
@@ -224,7 +226,7 @@ class Pace:
 
         Two more steps, as the result of a vote comes one step late, what is done after each of them, and a save.
         """
-        save = self.longest_save()
+        save = self.seconds_to_save()
         save = self.unknown_save if save is None else save
         return 2 * (self.step_seconds + self.callback_seconds) + save + _SECONDS_TO_LEAVE
 

@@ -86,6 +86,8 @@ def load_folder(config: Config, check: Check = QUICK) -> Path | None:
     if settings.load is None:
         return None
     root = Path(settings.load)
+    if root.exists() and not root.is_dir():
+        raise CheckpointError(f"load {root}: a file; name the folder that the model or the checkpoints are in")
     folder = checkpoint_to_load(root, settings.iteration, fallback=settings.load_fallback, check=check)
     if folder is None and settings.finetune:
         if root.is_dir():

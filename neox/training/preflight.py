@@ -8,6 +8,7 @@ from typing import Any
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.op_builder import AsyncIOBuilder
 
+from neox.checkpoint.conversion.export import check_exportable
 from neox.checkpoint.huggingface import HuggingFaceReader
 from neox.checkpoint.meta_llama import MetaLlamaReader
 from neox.checkpoint.open import open_checkpoint
@@ -46,6 +47,8 @@ def prepare(config: Config) -> Config:
         check_settings(config)
     config = settle_vocabulary(config)
     _open_data(config)
+    if config.checkpoint.save is not None and config.checkpoint.save_hf:
+        check_exportable(config)
     check_store(config.checkpoint)
     _check_origin(expected(config, os.environ))
     return config

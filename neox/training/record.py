@@ -20,8 +20,8 @@ from neox.checkpoint.native.manifest import Progress
 from neox.config import Config
 from neox.files import flush
 from neox.parallel.mesh import Mesh
+from neox.secrets import masked_text, masked_variables
 from neox.training.origin import load_folder
-from neox.training.secrets import masked_text, masked_variables
 from neox.training.team import team_of, tell
 from neox.versions import changes, commit, software
 

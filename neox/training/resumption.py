@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from neox.checkpoint.native.fallback import checkpoint_to_load
-from neox.checkpoint.native.manifest import MANIFEST, checkpoint_folder
+from neox.checkpoint.native.manifest import MANIFEST, checkpoint_folder, is_native
 from neox.config import Config
 from neox.errors import CheckpointError
 from neox.launch.restarts import times_restarted
@@ -103,6 +103,8 @@ def _note_beginning(config: Config) -> None:
 
 
 def _is_own(folder: Path) -> bool:
-    """Whether a checkpoint is no older than the run."""
+    """Whether a checkpoint is no older than the run, which writes no other format than ours."""
     begun = folder.parent / BEGUN
-    return not begun.is_file() or (folder / MANIFEST).stat().st_mtime_ns >= begun.stat().st_mtime_ns
+    if not begun.is_file():
+        return True
+    return is_native(folder) and (folder / MANIFEST).stat().st_mtime_ns >= begun.stat().st_mtime_ns

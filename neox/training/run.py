@@ -123,15 +123,16 @@ def _train_on(parts: _Parts, progress: Progress, log: MetricLog, signals: Signal
     last = last_iteration(config, progress.iteration)
     guards = Guards(engine, left_out, SkipLog(config, parts.mesh, parts.data.train))
     checkpoints = Checkpoints(engine, parts.schedule, last_iteration=last)
-    ending = EarlyEnd(config, parts.mesh, signals, longest_save=lambda: checkpoints.saver.longest)
-    # Judged first, compared next, then saved: no checkpoint holds what is bad or corrupt.
+    ending = EarlyEnd(config, parts.mesh, signals, seconds_to_save=lambda: checkpoints.saver.seconds_to_save)
+    # Compared first, as data are not to blame for what a corrupt rank made of them; judged next, then saved: no
+    # checkpoint holds what is bad or corrupt.
     callbacks: list[Callback] = [
         NoteStep(),
         SignsOfLife(),
         Metrics(engine, log),
+        *comparisons(engine),
         guards,
         *_measurements(parts, log, last),
-        *comparisons(engine),
         checkpoints,
         ending,
     ]

@@ -46,6 +46,11 @@ class Saver:
         self.longest: float | None = None
         """Seconds that writing a checkpoint took at most; None before the first."""
 
+    @property
+    def seconds_to_save(self) -> float | None:
+        """How long a save takes at worst: in the background there may be another one to wait for. None if unknown."""
+        return None if self.longest is None else self.longest * (1 if self._background is None else 2)
+
     @phase("saving")
     def save(self, progress: Progress) -> None:
         """Write a checkpoint of the whole run; a collective over all ranks.

@@ -10,7 +10,7 @@ from types import FrameType
 
 import torch.distributed as dist
 
-from neox.launch.main import EXIT_INTERRUPTED
+from neox.launch.endings import EXIT_INTERRUPTED, Insistence, tell_of_early_end
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _ENOUGH = b"\0"  # no signal has this number
@@ -45,6 +45,7 @@ class Signals:
         """
         self.received.append(signal.Signals(signum))
         if not self.have_met:
+            tell_of_early_end(signum)
             raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(self._status)
 
 
@@ -83,10 +84,11 @@ def noted_signals(status: int = 0) -> Iterator[Signals]:
 
 def _listen(reader: int, signals: Signals) -> None:
     """Read the numbers of signals as they come."""
-    interrupts = 0
+    insistence = Insistence()
     while (byte := os.read(reader, 1)) != _ENOUGH:
-        interrupts += byte[0] == signal.SIGINT
-        if interrupts > 1:
+        if byte[0] != signal.SIGINT or insistence.is_echo(signal.SIGINT):
+            continue
+        if insistence.is_again(signal.SIGINT):
             os._exit(EXIT_INTERRUPTED)
-        if byte[0] == signal.SIGINT and signals.have_met and os.environ.get("RANK", "0") == "0":
+        if signals.have_met and os.environ.get("RANK", "0") == "0":
             print("SIGINT: the run ends after its step; a second one ends it now, unsaved", file=sys.stderr, flush=True)

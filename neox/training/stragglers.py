@@ -31,21 +31,29 @@ from neox.training.team import tell
 class OwnTime(Protocol):
     """Measures what this rank needs for itself."""
 
+    def forget(self) -> None:
+        """What was measured so far does not count, nor does the step that begins now."""
+
     def start(self, *, is_sampled: bool) -> None:
         """A step begins; the last one before a report is sampled."""
 
     def stop(self) -> None:
         """It has ended."""
 
-    def seconds(self) -> float:
-        """A step's own time since the last call."""
+    def seconds(self) -> float | None:
+        """A step's own time since the last call; None where no step was measured."""
 
 
 class HostTime:
     """By the host's clock, in every step."""
 
     def __init__(self) -> None:
-        self._since = self._waited = self._own = 0.0
+        self.forget()
+
+    def forget(self) -> None:
+        """See OwnTime."""
+        self._since: float | None = None
+        self._waited = self._own = 0.0
         self._steps = 0
 
     def start(self, *, is_sampled: bool) -> None:
@@ -54,12 +62,13 @@ class HostTime:
 
     def stop(self) -> None:
         """See OwnTime."""
-        self._own += time.perf_counter() - self._since - (seconds_waited() - self._waited)
-        self._steps += 1
+        if self._since is not None:
+            self._own += time.perf_counter() - self._since - (seconds_waited() - self._waited)
+            self._steps += 1
 
-    def seconds(self) -> float:
+    def seconds(self) -> float | None:
         """See OwnTime."""
-        mean = self._own / max(1, self._steps)
+        mean = self._own / self._steps if self._steps else None
         self._own, self._steps = 0.0, 0
         return mean
 
@@ -71,6 +80,10 @@ class DeviceTime:
         self._stream = torch.cuda.current_stream(device)
         self._step: list[Any] = []
         self._collectives: list[Any] = []
+
+    def forget(self) -> None:
+        """See OwnTime."""
+        self._step = []
 
     def start(self, *, is_sampled: bool) -> None:
         """See OwnTime."""
@@ -85,10 +98,10 @@ class DeviceTime:
             observe_collectives(None)
             self._step.append(self._event())
 
-    def seconds(self) -> float:
+    def seconds(self) -> float | None:
         """See OwnTime; waits for the device."""
         if len(self._step) < 2:
-            return 0.0
+            return None
         self._step[1].synchronize()
         marks = iter(self._collectives)
         waited = sum(begin.elapsed_time(end) for begin, end in zip(marks, marks, strict=False))
@@ -168,7 +181,10 @@ class Stragglers:
         iteration = step.progress.iteration
         if iteration % self.interval:
             return
-        own = torch.tensor([self.clock.seconds()], dtype=torch.float64, device=self.mesh.device)
+        seconds = self.clock.seconds()
+        if seconds is None:  # on all ranks
+            return
+        own = torch.tensor([seconds], dtype=torch.float64, device=self.mesh.device)
         everyone = [torch.empty_like(own) for _ in range(self.mesh.world_size)]
         dist.all_gather(everyone, own)
         ranks = compared([float(seconds) for seconds in everyone], self.mesh)
@@ -198,15 +214,12 @@ class _Restart:
         self.interval = interval
 
     def before_training(self, progress: Progress) -> None:
-        """The first step begins."""
-        self._start(progress)
+        """The first step begins, in which kernels are compiled and loaders started: it says nothing of a rank."""
+        self.clock.forget()
 
     def after_step(self, step: Step) -> None:
         """The next step begins."""
-        self._start(step.progress)
-
-    def _start(self, progress: Progress) -> None:
-        self.clock.start(is_sampled=(progress.iteration + 1) % self.interval == 0)
+        self.clock.start(is_sampled=(step.progress.iteration + 1) % self.interval == 0)
 
 
 def naming_stragglers(engine: Engine, log: MetricLog, callbacks: Sequence[Callback]) -> Iterator[Callback]:

@@ -79,7 +79,7 @@ class Evaluator:
 
 def perplexity(loss: float) -> float:
     """exp(loss), infinite where that overflows."""
-    return math.exp(loss) if loss < 700.0 else math.inf
+    return math.inf if loss >= 700.0 else math.exp(loss)
 
 
 def evaluations_before(config: Config, iteration: int) -> int:

@@ -110,6 +110,12 @@ def test_settings_as_released_files_spell_them(tmp_path):
         "factor": 2.0,
         "original_max_position_embeddings": 42,
     }
+    yarn = {"type": "yarn", "factor": 2.0, "finetuned": True}  # as the first models with it, NousResearch's
+    path.write_text(json.dumps(content | {"rope_scaling": yarn, "max_position_embeddings": 42}))
+    read = open_checkpoint(tmp_path / "out").model_config
+    assert read.rope_scaling == {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 42}
+    path.write_text(json.dumps(content | {"rope_scaling": LLAMA3_SCALING, "max_position_embeddings": 42}))
+    assert open_checkpoint(tmp_path / "out").model_config.rope_scaling == LLAMA3_SCALING
     path.write_text(json.dumps(content | {"num_key_value_heads": 3}))
     with pytest.raises(CheckpointError, match=r"config\.json: no model can be built from it: num_kv_heads"):
         open_checkpoint(tmp_path / "out")

@@ -59,7 +59,7 @@ def killed_after(root: Path, first: int, seconds: float) -> None:
     peers, (ready, told) = Pipe(), Pipe()
     ranks = [fork(save_for_ever, root, first, rank, peers[rank], told) for rank in range(2)]
     for _ in ranks:
-        assert ready.poll(60)
+        assert ready.poll(240)
         assert ready.recv() == "go"
     time.sleep(seconds)
     for process in ranks:

@@ -22,7 +22,7 @@ def test_the_next_is_made_while_one_is_in_use():
             yield number
 
     for number in read_ahead(items()):
-        assert made[min(number + 1, 3)].wait(5)
+        assert made[min(number + 1, 3)].wait(60)
         assert not any(event.is_set() for event in made[number + 2 :])
     assert list(read_ahead([])) == []
 

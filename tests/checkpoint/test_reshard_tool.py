@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from checkpoint.exports import SHAPE, same_weights
+from checkpoint.exports import SHAPE, exported, same_weights
+from checkpoint.small_checkpoints import save
 from golden_models import GOLDENS
 from model_families import GQA
 from scripts_of import run_script
@@ -49,6 +50,23 @@ def test_reshard_to_every_format(tmp_path):
         with pytest.raises(ConfigError, match=message):
             reshard(native, config, tmp_path / "no", target=target, progress=progress_of(native))
     assert not (tmp_path / "no").exists()
+
+
+def test_the_folder_of_a_run_is_left_alone(tmp_path, capsys):
+    """It would go on from what was written, and delete its own."""
+    save(tmp_path / "run", 7)
+    exported(tmp_path / "hf", **GQA)
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    for tool, words in (
+        ("convert_hf_to_neox.py", ["--hf_dir", tmp_path / "hf"]),
+        ("reshard.py", ["--input_dir", tmp_path / "hf", "--format", "native"]),
+    ):
+        assert run_script(f"tools/ckpts/{tool}", *words, "--output_dir", tmp_path / "run") == 2
+        said = capsys.readouterr().err
+        assert "run: holds a run, whose latest checkpoint is 'global_step7'; name another folder" in said
+        assert said.count("\n") == 1
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+    assert (tmp_path / "run" / "latest").read_text() == "global_step7"
 
 
 def test_reshard_script(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Logits of checkpoints of any format, one layer at a time."""
 
 import json
+import os
 import weakref
 
 import numpy as np
@@ -176,6 +177,7 @@ def test_other_mistakes_are_one_line(tmp_path, capsys):
     (tmp_path / "text.npy").write_text("1 2 3")
     np.savez(tmp_path / "several.npz", IDS.numpy())
     (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe")
     capsys.readouterr()
     for checkpoint, tokens, out, message in (
         ("absent", "ids.npy", "out.npy", "no such folder"),
@@ -184,6 +186,8 @@ def test_other_mistakes_are_one_line(tmp_path, capsys):
         ("native", "text.npy", "out.npy", "not a .npy file of numbers"),
         ("native", "several.npz", "out.npy", "an archive of several arrays"),
         ("native", "ids.npy", "absent/out.npy", "out.npy: cannot be written"),
+        ("native", "ids.npy", "text.npy/out.npy", "out.npy: cannot be written (Not a directory)"),
+        ("native", "ids.npy", "pipe", "pipe: cannot be written (it is no file)"),
     ):
         words = [tmp_path / checkpoint, "--tokens", tmp_path / tokens, "--out", tmp_path / out]
         assert run_script(TOOL, *words) == 2

@@ -23,7 +23,7 @@ KINDS = ("kill", "kill", "link", "terminate all", "terminate launcher", "full di
 SPARE_BYTES = 256 << 10
 """Left on a full disk: less than a checkpoint takes."""
 
-_PATIENCE = 240.0
+_PATIENCE = 600.0
 
 
 @dataclass
@@ -208,7 +208,8 @@ class Chaos:
         def is_noticed() -> bool:
             # Again and again, as checkpoints that go make room.
             disk = os.statvfs(self.save.parent)
-            with ballast.open("ab") as file:
+            # A checkpoint that is being written may take the room meanwhile, and is refused then too.
+            with contextlib.suppress(OSError), ballast.open("ab", buffering=0) as file:
                 file.write(bytes(max(0, disk.f_bavail * disk.f_frsize - SPARE_BYTES)))
             return self.keeper.first(pattern, fault.struck) is not None
 

@@ -39,11 +39,11 @@ class Cluster:
     @property
     def switch(self) -> str:
         """Namespace that holds the bridge."""
-        return f"neox-switch-{os.getpid()}"
+        return f"{self.folder.name}-switch"
 
     def namespace(self, host: str) -> str:
         """Namespace of a host."""
-        return f"neox-{host}-{os.getpid()}"
+        return f"{self.folder.name}-{host}"
 
     def command(self, host: str, words: Sequence[str]) -> list[str]:
         """A command that runs `words` on a host, with that host's name and its own /etc/hosts.
@@ -66,7 +66,7 @@ class Cluster:
             text=True,
         )
 
-    def run(self, host: str, *words: str | Path, timeout: float = 240, **variables: str) -> tuple[int, str]:
+    def run(self, host: str, *words: str | Path, timeout: float = 600, **variables: str) -> tuple[int, str]:
         """Run a command on a host; return its status and what it printed."""
         process = self.start(host, *words, **variables)
         try:
@@ -131,7 +131,7 @@ def _remove(made: Cluster) -> None:
     subprocess.run(["umount", "--lazy", str(made.small_disk)], capture_output=True, check=False)
 
 
-def wait_until(happened: Callable[[], bool], what: str, seconds: float = 30) -> None:
+def wait_until(happened: Callable[[], bool], what: str, seconds: float = 240) -> None:
     """Wait for something, and fail if it does not come."""
     deadline = time.monotonic() + seconds
     while not happened():

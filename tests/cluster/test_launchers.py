@@ -14,7 +14,7 @@ PYTHON = sys.executable
 
 def wait_for_all(processes: list["subprocess.Popen[str]"]) -> str:
     """Wait for commands of several hosts; return what they printed."""
-    outs = [process.communicate(timeout=240)[0] for process in processes]
+    outs = [process.communicate(timeout=600)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(outs)
     return "\n".join(outs)
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 from hosts import NAMES, Cluster, rank_process, wait_until
-from tiny_run import Training, losses_by_step
+from tiny_run import Training, losses_by_step, wait_for_step_after
 
 PYTHON = sys.executable
-STEPS = 300
-RUN = (f"train_iters={STEPS}", "checkpoint_factor=20", "distributed_timeout=20")
+STEPS = 150
+RUN = (f"train_iters={STEPS}", "checkpoint_factor=10", "distributed_timeout=20")
 ELASTIC = ("elastic=true", "train_micro_batch_size_per_gpu=4")
 
 
@@ -34,7 +34,7 @@ def wait_for_checkpoint(save: Path, step: int) -> None:
         latest = save / "latest"
         return latest.exists() and int(latest.read_text().removeprefix("global_step")) >= step
 
-    wait_until(is_there, f"checkpoint {step}", 240)
+    wait_until(is_there, f"checkpoint {step}", 600)
 
 
 def has_rank(save: Path, rank: int) -> bool:
@@ -50,11 +50,18 @@ def seconds_to_next_step(save: Path, *outs: Path) -> float:
     def resumptions() -> int:
         return sum(len(re.findall(r"resume .*: iteration", out.read_text())) for out in outs)
 
-    begun, log, before = time.monotonic(), save / "metrics.jsonl", resumptions()
-    wait_until(lambda: resumptions() > before, "the resumption", 180)
-    size = log.stat().st_size
-    wait_until(lambda: log.stat().st_size > size, "the next step", 120)
+    begun, before = time.monotonic(), resumptions()
+    wait_for_step_after(save, lambda: resumptions() > before, "the resumption")
     return time.monotonic() - begun
+
+
+def kill_a_rank(save: Path, *outs: Path) -> float:
+    """Kill rank 1 of a run that has saved; the seconds to its next step, after which it has saved again."""
+    wait_for_checkpoint(save, 10)
+    os.kill(rank_process(save, 1), signal.SIGKILL)
+    seconds = seconds_to_next_step(save, *outs)
+    wait_for_checkpoint(save, 30)
+    return seconds
 
 
 def start_logged(made: Cluster, host: str, log: Path, words: list[str]) -> "subprocess.Popen[str]":
@@ -88,19 +95,18 @@ def test_torchrun_goes_on_with_the_host_that_is_left(
     """A rank is killed, and both hosts start again; then a link is cut, and one goes on alone."""
     save = two.folder / "torchrun-restarts"
     meet = ["--nnodes", "1:2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "n1:29641", "--rdzv-id", "restarts"]
-    meet += ["--rdzv-conf", "join_timeout=120,last_call_timeout=5", "--max-restarts", "3"]
+    meet += ["--rdzv-conf", "join_timeout=240,last_call_timeout=12", "--max-restarts", "3"]
     start = [PYTHON, "-m", "torch.distributed.run", "--nproc-per-node", "1", *meet]
     logs: list[Path] = [two.folder / f"torchrun-restarts-{host}.log" for host in NAMES]
-    words = [*start, *training.script(save, *RUN, *ELASTIC)]
+    words = [*start, *training.held_script(save, *RUN, *ELASTIC)]
     agents = [start_logged(two, host, log, words) for host, log in zip(NAMES, logs, strict=True)]
     try:
-        wait_for_checkpoint(save, 20)
-        os.kill(rank_process(save, 1), signal.SIGKILL)
-        killed = seconds_to_next_step(save, *logs)
-        wait_for_checkpoint(save, 60)
-        with cut(two, "n2"):
-            alone = seconds_to_next_step(save, *logs)
-            status = agents[0].wait(300)
+        with training.held() as hold:
+            killed = kill_a_rank(save, *logs)
+            with cut(two, "n2"):
+                alone = seconds_to_next_step(save, *logs)
+                hold.unlink()
+                status = agents[0].wait(600)
     finally:
         for agent in agents:  # the one that is cut off waits for the other's store, for minutes
             agent.kill()
@@ -119,19 +125,18 @@ def test_ssh_goes_on_with_the_host_that_is_left(
     save = ssh.folder / "ssh-restarts"
     over = ("launcher=ssh", f"hostfile={ssh.folder / 'hosts'}", "max_restarts=3", "master_port=29650")
     log = ssh.folder / "ssh-restarts.log"
-    words = [PYTHON, *training.script(save, *RUN, *ELASTIC, *over)]
+    words = [PYTHON, *training.held_script(save, *RUN, *ELASTIC, *over)]
     process: subprocess.Popen[str] = ssh.start(
         "n1", "sh", "-c", 'log=$1; shift; exec "$@" >$log 2>&1', "sh", log, *words
     )
     try:
-        wait_for_checkpoint(save, 20)
-        os.kill(rank_process(save, 1), signal.SIGKILL)
-        killed = seconds_to_next_step(save, log)
-        wait_for_checkpoint(save, 60)
-        with cut(ssh, "n2"):
-            alone = seconds_to_next_step(save, log)
-            status = process.wait(300)
-            wait_until(lambda: not has_rank(save, 1), "the end of the rank that was cut off", 60)
+        with training.held() as hold:
+            killed = kill_a_rank(save, log)
+            with cut(ssh, "n2"):
+                alone = seconds_to_next_step(save, log)
+                hold.unlink()
+                status = process.wait(600)
+                wait_until(lambda: not has_rank(save, 1), "the end of the rank that was cut off", 240)
     finally:
         process.kill()
         process.wait()

@@ -18,7 +18,7 @@ def lines_of(out: str) -> list[str]:
 
 def test_port_in_use(two: Cluster, training: Training) -> None:
     script = training.script(two.folder / "never")
-    listen = "import socket, time; s = socket.create_server(('', 29640)); print('up', flush=True); time.sleep(60)"
+    listen = "import socket, time; s = socket.create_server(('', 29640)); print('up', flush=True); time.sleep(600)"
     other = two.start("n1", PYTHON, "-c", listen)
     assert other.stdout is not None
     assert other.stdout.readline() == "up\n"
@@ -27,7 +27,8 @@ def test_port_in_use(two: Cluster, training: Training) -> None:
     other.kill()
     other.communicate()
     assert status == 2
-    assert lines_of(out) == ["master_port: 29640 is in use on n1; set another (key master_port, or MASTER_PORT)"]
+    another = "MASTER_PORT, or the key master_port if train.py starts the hosts"
+    assert lines_of(out) == [f"master_port: 29640 is in use on n1; set another ({another})"]
 
 
 def test_unknown_meeting_host(two: Cluster, training: Training) -> None:
@@ -73,7 +74,7 @@ def test_mixed_versions(two: Cluster, training: Training) -> None:
         meet = {"MASTER_ADDR": "n1", "MASTER_PORT": "29660", "PYTHONPATH": str(folder)}
         words = [PYTHON, str(folder / "train.py"), *script[1:]]
         processes.append(two.start(f"n{number + 1}", *words, **rank, **meet))
-    outs = [process.communicate(timeout=240)[0] for process in processes]
+    outs = [process.communicate(timeout=600)[0] for process in processes]
     assert [process.returncode for process in processes] == [2, 2], "\n".join(outs)
     (line,) = [line for out in outs for line in lines_of(out)]
     assert line.startswith("the hosts differ: neox source: ")
@@ -85,7 +86,7 @@ def test_a_check_finds_what_is_wrong(ssh: Cluster, training: Training) -> None:
     """One host without the data, a folder that is not shared, and a host that does not answer."""
     hostfile = ssh.folder / "hosts"
     check = [PYTHON, "-m", "neox.launch", "check"]
-    small = ["--message-mb", "4", "--write-mb", "8", "--timeout", "60"]
+    small = ["--message-mb", "4", "--write-mb", "8", "--timeout", "240"]
     save = f"save={ssh.folder / 'checked'}"
     status, out = ssh.run("n1", *check, hostfile, training.config, save, *small)
     assert status == 0, out

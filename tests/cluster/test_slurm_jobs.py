@@ -6,9 +6,10 @@ import signal
 import sys
 
 from hosts import Cluster, rank_process, wait_until
-from tiny_run import Training, losses_by_step
+from tiny_run import Training, losses_by_step, wait_for_step_after
 
 PYTHON = sys.executable
+STEPS = 200
 
 
 def submit(made: Cluster, words: list[str]) -> str:
@@ -32,33 +33,32 @@ def state_of(made: Cluster, job: str) -> str:
 def test_a_job_that_loses_a_rank_and_is_warned_goes_on_where_it_was(slurm: Cluster, training: Training) -> None:
     """Nothing says `load`: what is started again goes on from its own checkpoints."""
     save = slurm.folder / "long"
-    words = training.script(save, "train_iters=600", "checkpoint_factor=50", "preflight=true")
-    job = submit(slurm, [*words, "--name", "long"])
-    log = slurm.folder / "logs" / f"long-{job}.out"
-    wait_until((save / "latest").is_file, "the first checkpoint", 240)
-    os.kill(rank_process(save, 1), signal.SIGKILL)
-    wait_until(lambda: "samples consumed" in log.read_text(), "the restart", 240)
-    done = (save / "metrics.jsonl").stat().st_size
-    wait_until(lambda: (save / "metrics.jsonl").stat().st_size > done, "a step after it", 60)
-    # What Slurm itself does at --signal's time, which it only checks once a minute.
-    status, out = slurm.run("n1", "scancel", "--batch", "--signal=USR1", job)
-    assert status == 0, out
-    wait_until(lambda: state_of(slurm, job) == "COMPLETED", "the end of the job", 300)
+    words = training.held_script(save, f"train_iters={STEPS}", "checkpoint_factor=20", "preflight=true")
+    with training.held():
+        job = submit(slurm, [*words, "--name", "long"])
+        log = slurm.folder / "logs" / f"long-{job}.out"
+        wait_until((save / "latest").is_file, "the first checkpoint", 600)
+        os.kill(rank_process(save, 1), signal.SIGKILL)
+        wait_for_step_after(save, lambda: "samples consumed" in log.read_text(), "the restart")
+        # What Slurm itself does at --signal's time, which it only checks once a minute.
+        status, out = slurm.run("n1", "scancel", "--batch", "--signal=USR1", job)
+        assert status == 0, out
+        wait_until(lambda: "SIGUSR1: ended after iteration" in log.read_text(), "the end that was asked for", 600)
+    wait_until(lambda: state_of(slurm, job) == "COMPLETED", "the end of the job", 600)
     said = log.read_text()
-    assert (save / "latest").read_text() == "global_step600"
+    assert (save / "latest").read_text() == f"global_step{STEPS}"
     assert said.count("restart 1 of 3") == 1, said
     assert said.count("launcher: Slurm; rank 0 of 2") == 3, said
     assert said.count("2 hosts: go") == 2, said
     assert said.count("samples consumed") == 2, said
-    assert "SIGUSR1: ended after iteration" in said, said
-    assert list(losses_by_step(save)) == list(range(1, 601))
+    assert list(losses_by_step(save)) == list(range(1, STEPS + 1))
     assert "Restarts=1" in slurm.run("n1", "scontrol", "show", "job", job)[1]
 
 
 def test_a_mistake_is_not_tried_again(slurm: Cluster, training: Training) -> None:
     save = slurm.folder / "never"
     job = submit(slurm, [*training.script(save, "data_path=nowhere"), "--name", "mistake"])
-    wait_until(lambda: state_of(slurm, job) == "FAILED", "the end of the job", 120)
+    wait_until(lambda: state_of(slurm, job) == "FAILED", "the end of the job", 600)
     log = (slurm.folder / "logs" / f"mistake-{job}.out").read_text()
     assert log.count("nowhere.idx: no such file") == 1
     assert "restart" not in log

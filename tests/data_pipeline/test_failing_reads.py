@@ -85,19 +85,19 @@ def test_an_error_that_stays_ends_with_one_line(tmp_path: Path, failing_reads: l
 def test_an_error_at_the_start_is_tried_again_but_for_a_missing_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    time, failures = Time(), [errno.EIO] * 3
-    original = Path.stat
+    time, failures = Time(), [errno.EIO] * 2
+    original = os.open
 
-    def stat(path: Path, **arguments):
-        if failures and path.suffix == ".idx":
+    def open_file(path: Path, *arguments):
+        if failures and Path(path).suffix == ".idx":
             raise OSError(failures.pop(), "from the test")
-        return original(path, **arguments)
+        return original(path, *arguments)
 
     prefix = copy_corpus(tmp_path)
-    monkeypatch.setattr(Path, "stat", stat)
+    monkeypatch.setattr(os, "open", open_file)
     assert len(IndexedDataset(prefix, patience=time.patience())) == 100
     assert time.slept == [1, 2]
-    failures += [errno.EACCES] * 2
+    failures += [errno.EACCES]
     with pytest.raises(DataError, match="cannot be read") as caught:
         IndexedDataset(prefix, patience=time.patience())
     assert caught.value.exit_status == 2

@@ -52,7 +52,7 @@ def test_one_process_builds_while_the_others_wait(tmp_path: Path) -> None:
     barrier, builders, results = threading.Barrier(4), [Builder() for _ in range(4)], {}
 
     def start(rank: int) -> None:
-        coordinator = Coordinator(global_rank=rank, local_rank=rank % 2, barrier=lambda: void(barrier.wait(20)))
+        coordinator = Coordinator(global_rank=rank, local_rank=rank % 2, barrier=lambda: void(barrier.wait(120)))
         results[rank] = cached_maps(f"{tmp_path}/x", {}, builders[rank], coordinator=coordinator)
 
     threads = [threading.Thread(target=start, args=(rank,)) for rank in range(4)]

@@ -251,6 +251,17 @@ def test_tasks_are_named_or_found_by_path(tasks: Path, tmp_path: Path) -> None:
             find_tasks(asked)
 
 
+@pytest.mark.parametrize("source", ["nobody/nothing", "json\ndataset_kwargs: {data_files: {test: gone.json}}"])
+def test_data_that_cannot_be_had_are_one_line(tmp_path: Path, source: str) -> None:
+    task = tmp_path / "far.yaml"
+    task.write_text(
+        f"task: far\ndataset_path: {source}\ntest_split: test\noutput_type: loglikelihood\n"
+        "doc_to_text: a\ndoc_to_target: b\nmetric_list: [{metric: acc}]\n"
+    )
+    with pytest.raises(UserError, match=r"^eval_tasks: the data of a task cannot be read \(.*(nothing|gone).*HF_HOME$"):
+        evaluate_model(small_model(), TOKENIZER, small_config(), tasks=find_tasks([str(task)]), mesh=SINGLE)
+
+
 def test_names_of_the_harness_and_patterns(tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lm_eval.tasks import manager
 

@@ -1,6 +1,7 @@
 """The check of hosts: what a host says of itself, and what the answers mean together."""
 
 import copy
+import errno
 import hashlib
 import json
 import os
@@ -13,7 +14,7 @@ import pytest
 from training.layouts import ADAMW, MODEL, TRAINING
 
 from neox.config import config_from_dict, named_datasets
-from neox.launch import conversation
+from neox.launch import conversation, probe
 from neox.launch.preflight import check_hosts, checkpoint_bytes, print_table
 from neox.launch.probe import ANSWER, GPU_FIELDS, data_files, gpus, look, look_again, tidy, write_rate
 from neox.launch.verdict import Row, is_go, judge, judge_links
@@ -178,6 +179,15 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     assert "not a directory" in look(request)["save"]["error"]
     assert write_rate(tmp_path, 1 << 20) > 0
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(folder: Path, size: int) -> float:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as of a write, which knows no name
+
+    monkeypatch.setattr(probe, "write_rate", full)
+    answer = look({"mark": "n1", "save": str(tmp_path), "write_mb": 1, "data": []})
+    assert answer["save"] == {"error": f"{tmp_path}: no space left on device"}
 
 
 def test_gpus_as_nvidia_smi_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,7 @@ def test_slurm_with_any_number_of_hosts(run: Callable[..., tuple[int, str]], fol
     text = (folder / "tiny.sbatch").read_text()
     assert "#SBATCH --nodes=1-4\n" in text
     assert "for choice in 1 2 4; do" in text
-    assert 'srun --kill-on-bad-exit=1 --nodes="$nodes" --ntasks=$((nodes * 4)) ' in text
+    assert 'srun --kill-on-bad-exit=1 $cores --nodes="$nodes" --ntasks=$((nodes * 4)) ' in text
     assert "elastic=true requeue_status=7 requeue_status=7 </dev/null" in text
 
 
@@ -107,6 +107,9 @@ def test_hostfile(run: Callable[..., tuple[int, str]], folder: Path) -> None:
         (["slurm", "tiny.yml"], "required: --nodes"),
         (["slurm", "tiny.yml", "--nodes", "0"], "--nodes 0: give a number of hosts, at least 1"),
         (["slurm", "tiny.yml", "--nodes", "2", "--tasks-per-node", "9"], "a host has 8 GPUs"),
+        (["slurm", "tiny.yml", "--nodes", "2", "--tasks-per-node", "-3"], "-3 is not a whole number of at least 1"),
+        (["slurm", "tiny.yml", "--nodes", "2", "--max-restarts", "-1"], "-1 is not a whole number of at least 0"),
+        (["slurm", "tiny.yml", "--nodes", "2", "--logs", "tiny.yml/logs"], "--logs tiny.yml/logs: cannot be made"),
         (["slurm", "tiny.yml", "--nodes", "3", "--gpus-per-node", "3"], "train_batch_size"),
         (["slurm", "tiny.yml", "--nodes", "2", "pipe_parallel_size=3"], "pipe_parallel_size"),
         (["slurm", "tiny.yml", "--nodes", "1", "--script", "nothing.py"], "nothing.py: no such file"),
@@ -119,6 +122,7 @@ def test_hostfile(run: Callable[..., tuple[int, str]], folder: Path) -> None:
         (["hostfile", "nowhere", "tiny.yml"], "nowhere: cannot be read"),
         (["hostfile", "hosts", "tiny.yml", "model_parallel_size=4", "num_gpus=1"], "model_parallel_size"),
         (["check"], "no HOSTFILE given"),
+        (["check", "hosts", "--timeout", "0"], "--timeout: 0 is not a whole number of at least 1"),
         (["check", "--slurm"], "no Slurm job around us"),
         (["check", "tiny.yml"], "tiny.yml:1: .* is not `HOST slots=N`"),
     ],

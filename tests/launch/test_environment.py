@@ -139,6 +139,12 @@ def test_pmi_dialects(rank_name, size_name):
     assert detect(environ) == Placement(3, 1, 4, 2, "n1", 29500, "pmi")
 
 
+def test_mvapichs_own_starter():
+    local = {"MV2_COMM_WORLD_LOCAL_RANK": "1", "MV2_COMM_WORLD_LOCAL_SIZE": "2", "MASTER_ADDR": "n1"}
+    environ = {"MV2_COMM_WORLD_RANK": "3", "MV2_COMM_WORLD_SIZE": "4"} | local
+    assert detect(environ) == Placement(3, 1, 4, 2, "n1", 29500, "pmi")
+
+
 def test_pmi_without_local_rank():
     with pytest.raises(LaunchError, match="no local rank"):
         detect({"PMI_RANK": "0", "PMI_SIZE": "2"})

@@ -1,5 +1,6 @@
 """Hosts of a run: which the hostfile and the configuration choose, and the command that starts them."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,10 @@ def test_hydra(hostfile: Path, launcher: str) -> None:
 def test_srun_with_account_and_comment(hostfile: Path) -> None:
     command = command_for(hostfile, deepspeed_slurm=True, num_gpus=4, account="lab", comment="two words")
     assert command[:2] == ["srun", "--nodes=3"]
+    assert not any(word.startswith(("--cpus-per-task", "--export")) for word in command)
+    meeting = command_for(hostfile, launcher="slurm", num_gpus=4, master_addr="n0", master_port=1234)
+    assert "--export=ALL,MASTER_ADDR=n0,MASTER_PORT=1234" in meeting
+    assert "--cpus-per-task=6" in command_for(hostfile, {"SLURM_CPUS_PER_TASK": "6"}, launcher="slurm", num_gpus=4)
     for option in ("--ntasks=12", "--ntasks-per-node=4", "--nodelist=one,two,three", "--account=lab"):
         assert option in command
     assert "--comment=two words" in command
@@ -205,6 +210,21 @@ def test_slots_that_a_launcher_cannot_be_told(hostfile: Path) -> None:
     with pytest.raises(LaunchError, match="openmpi cannot be told which slots"):
         command_for(hostfile, include="one:1,3", launcher="openmpi")
     assert "--include=one:1,3" in command_for(hostfile, include="one:1,3", launcher="pdsh")
+
+
+def test_the_launcher_takes_our_place(hostfile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal to train.py is one to mpirun, and nothing is left in between that could die and leave it."""
+    program, said = tmp_path / "mpirun.openmpi", tmp_path / "said"
+    program.write_text(f"#!/bin/sh\necho $$ >{said}\nexit 7\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    start = Start(configured(hostfile, launcher="openmpi", no_ssh_check=True, train_batch_size=20), workers=1)
+    child = os.fork()
+    if child == 0:
+        start.run(["train.py", "model.yml"])
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert int(said.read_text()) == child
 
 
 def test_a_launcher_that_is_not_installed(hostfile: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,13 @@
 """Kubernetes manifests: what the cluster is asked for, and what every pod makes of its variables."""
 
+import re
 from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
 
 from neox.errors import LaunchError
-from neox.launch.kubernetes import Pods, manifest
+from neox.launch.kubernetes import Pods, manifest, spelled
 from neox.launch.node import Node, detect_node
 
 PODS = Pods(
@@ -62,8 +63,22 @@ def test_pytorchjob(nodes: int) -> None:
         check_pod(role["template"]["spec"])
         assert role["restartPolicy"] == "OnFailure"
         assert "restartPolicy" not in role["template"]["spec"]
-        # The name that the operator looks for.
-        assert role["template"]["spec"]["containers"][0]["name"] == "pytorch"
+        # The names that the operator looks for: it adds a port of its own if there is none, and then the service that
+        # it makes of both is refused.
+        (container,) = role["template"]["spec"]["containers"]
+        assert container["name"] == "pytorch"
+        assert container["ports"] == [{"name": "pytorchjob-port", "containerPort": 29500}]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("My_Run.2", "my-run-2"), ("20B", "neox-20b"), ("!", "neox"), ("a" * 47 + "--b", "a" * 47), ("-x-", "x")],
+)
+def test_names(name: str, expected: str) -> None:
+    """Kubernetes: at most 63 characters of a-z, 0-9 and -, a letter first, also in names of pods."""
+    found = spelled(name, nodes=16)
+    assert found == expected
+    assert re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", f"{found}-host-0-15-abcde")
 
 
 def check_pod(spec: dict[str, Any]) -> None:

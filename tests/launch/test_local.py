@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from neox.launch import endings
 from neox.launch.environment import detect, export
 from neox.launch.local import local_worker_count, single_placement
 
@@ -21,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = """
     import os, sys
     from neox.launch.local import run_local
-    sys.exit(run_local(sys.argv[2:], workers=int(sys.argv[1]), environ=os.environ, grace=1.0))
+    sys.exit(run_local(sys.argv[2:], workers=int(sys.argv[1]), environ=os.environ, grace=float(os.environ["GRACE"])))
 """
 
 
@@ -29,7 +30,8 @@ LAUNCH = """
 def environ():
     kept = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "RANK")}
     path = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    return kept | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+    # Seconds that a worker has to end in, longer than it can need.
+    return kept | {"PYTHONPATH": os.pathsep.join(filter(None, path)), "GRACE": "100"}
 
 
 @pytest.fixture
@@ -59,13 +61,13 @@ def launch(tmp_path, environ):
 
 
 def finish(process):
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=240)
     return process.returncode, out, err
 
 
 def wait_for(paths):
     """Wait until every file exists and return the numbers written in them."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 240
     while not all(path.exists() and path.read_text() for path in paths):
         assert time.monotonic() < deadline, f"none of {paths}"
         time.sleep(0.02)
@@ -81,7 +83,7 @@ def is_running(pid):
 
 
 def wait_until_gone(pids):
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 240
     while any(is_running(pid) for pid in pids):
         assert time.monotonic() < deadline, f"still running: {[pid for pid in pids if is_running(pid)]}"
         time.sleep(0.02)
@@ -150,17 +152,16 @@ def test_first_failure_ends_the_others(launch, tmp_path):
             while not all(pathlib.Path(sys.argv[1], r).exists() for r in "02"):
                 time.sleep(0.01)
             sys.exit(4)
-        time.sleep(60)
+        time.sleep(600)
     """
-    begun = time.monotonic()
     process = launch(script, workers=3)
     pids = wait_for([tmp_path / rank for rank in "012"])
     assert finish(process)[0] == 4
-    assert time.monotonic() - begun < 30
     wait_until_gone(pids)
 
 
-def test_a_worker_deaf_to_sigterm_is_killed_with_its_children(launch, tmp_path):
+def test_a_worker_deaf_to_sigterm_is_killed_with_its_children(launch, tmp_path, environ):
+    environ["GRACE"] = "1"
     script = """
         import os, pathlib, signal, subprocess, sys, time
         folder = pathlib.Path(sys.argv[1])
@@ -194,7 +195,8 @@ HEARING = """
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_signals_are_passed_on_and_workers_may_take_their_time(launch, tmp_path, signum):
+def test_signals_are_passed_on_and_workers_may_take_their_time(launch, tmp_path, environ, signum):
+    environ["GRACE"] = "1"
     process = launch(HEARING, workers=2, arguments=["2"])  # longer than the grace time of 1 s
     wait_for([tmp_path / rank for rank in "01"])
     process.send_signal(signum)
@@ -212,7 +214,7 @@ def run_in_terminal(environ, folder, script, *, typed):
     try:
         wait_for([folder / rank for rank in "01"])
         os.write(terminal, typed)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 240
         while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0):
             assert time.monotonic() < deadline, "the launcher does not end"
             time.sleep(0.02)
@@ -268,9 +270,23 @@ def test_second_signal_kills(launch, tmp_path, signum, status):
     pids = wait_for([tmp_path / rank for rank in "01"])
     process.send_signal(signum)
     wait_for([tmp_path / "heard0", tmp_path / "heard1"])
+    time.sleep(endings._SECONDS_OF_ECHOES)
     process.send_signal(signum)
     assert finish(process)[0] == status
     wait_until_gone(pids)
+
+
+def test_signals_that_come_together_are_one_request(launch, tmp_path):
+    process = launch(HEARING, workers=2, arguments=["1"])  # in which the second one finds it
+    wait_for([tmp_path / rank for rank in "01"])
+    process.send_signal(signal.SIGSTOP)  # so that it hears them together, whenever they are sent
+    deadline = time.monotonic() + 240
+    while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGINT, signal.SIGCONT):
+        process.send_signal(signum)
+    assert finish(process)[0] == 0
 
 
 def test_interrupted_workers_give_130(launch, tmp_path):

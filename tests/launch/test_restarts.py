@@ -96,6 +96,21 @@ def test_no_attempt_follows_a_request_to_end(signum: int) -> None:
     assert numbers == [0]
 
 
+@pytest.mark.parametrize(
+    ("signum", "ended", "status"),
+    [
+        (signal.SIGTERM, 143, 75),
+        (signal.SIGUSR1, 138, 75),
+        (signal.SIGTERM, 3, 3),
+        (signal.SIGTERM, 137, 137),
+        (signal.SIGINT, 130, 130),
+    ],
+)
+def test_ranks_that_die_of_a_request_to_end_were_asked_too_early(signum: int, ended: int, status: int) -> None:
+    _, attempt = attempts(ended, each=lambda number: os.kill(os.getpid(), signum))
+    assert run_with_restarts(attempt, Restarts(3, requeue_status=75)) == status  # type: ignore[arg-type]
+
+
 def test_counts_of_those_who_start_a_run_again() -> None:
     assert times_restarted({}) == 0
     assert times_restarted({"SLURM_RESTART_COUNT": "2", "NEOX_RESTARTS": "1"}) == 2
@@ -179,7 +194,7 @@ def test_ranks_of_this_machine(tmp_path: Path, ends_by_a_mistake: bool) -> None:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
     assert done.returncode == (2 if ends_by_a_mistake else 0), done.stderr
@@ -192,14 +207,15 @@ def test_ranks_of_this_machine(tmp_path: Path, ends_by_a_mistake: bool) -> None:
 
 
 def test_a_sweep_ends_what_is_left_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    this, that = (f"{word}-{os.getpid()}" for word in ("this", "that"))  # other tests may run beside this one
     deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
-    ours = subprocess.Popen([sys.executable, "-c", deaf], env={**os.environ, "NEOX_RUN": "this"})
-    other = subprocess.Popen([sys.executable, "-c", deaf], env={**os.environ, "NEOX_RUN": "that"})
+    ours = subprocess.Popen([sys.executable, "-c", deaf], env={**os.environ, "NEOX_RUN": this})
+    other = subprocess.Popen([sys.executable, "-c", deaf], env={**os.environ, "NEOX_RUN": that})
     try:
-        while sweep.left_behind("this") != [ours.pid]:  # until it has become what it is to be
+        while sweep.left_behind(this) != [ours.pid]:  # until it has become what it is to be
             time.sleep(0.01)
-        assert sweep.main(["this"]) == 0
-        assert ours.wait(10) == -signal.SIGKILL
+        assert sweep.main([this]) == 0
+        assert ours.wait(240) == -signal.SIGKILL
         assert other.poll() is None
         assert 0 < int(capsys.readouterr().out) < 65536
     finally:

@@ -1,8 +1,11 @@
 """Exit statuses and messages of a script run alone or under a foreign launcher."""
 
+import shlex
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -58,10 +61,44 @@ def test_ranks_leave_time_to_be_ended(capsys, monkeypatch, rank, local_rank, sec
     assert time.monotonic() - begun >= seconds
 
 
+SHARED = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
+
+
 def test_ranks_that_share_a_file_say_it_once(capsys, tmp_path):
-    for rank in ("0", "1"):
-        report_user_error(UserError("no data"), environ={"RANK": rank, "NEOX_ERROR_LOCK": str(tmp_path / "lock")})
+    shared = SHARED | {"NEOX_ERROR_LOCK": str(tmp_path / "lock")}
+    for rank in ("1", "0"):
+        report_user_error(UserError("no data"), environ=shared | {"RANK": rank})
     assert capsys.readouterr().err == "no data\n"
+
+
+def test_another_host_leaves_time_to_be_ended_and_its_mistake_is_known_before(capsys, monkeypatch, tmp_path):
+    lock = tmp_path / "lock"
+    marks = []
+    monkeypatch.setattr("neox.launch.reporting.time.sleep", lambda seconds: marks.append((seconds, lock.read_text())))
+    found = SHARED | {"RANK": "1", "NEOX_LOCAL_LAUNCH": "1", "NEOX_ERROR_LOCK": str(lock)}
+    for _ in range(2):  # two ranks of that host
+        report_user_error(UserError("no data"), environ=found)
+    assert marks == [(3.0, "2")]
+    assert capsys.readouterr().err == "[rank 1] no data\n"
+
+
+@pytest.mark.parametrize(
+    ("environ", "name"),
+    [
+        ({"OMPI_COMM_WORLD_RANK": "3"}, "[rank 3] "),
+        ({"OMPI_COMM_WORLD_RANK": "0"}, ""),
+        ({"PMI_RANK": "2", "PMI_SIZE": "4"}, "[rank 2] "),
+        ({"NEOX_NODE_RANK": "1", "NEOX_SLOTS": "1,1", "MASTER_ADDR": "n1"}, f"[{socket.gethostname()}] "),
+        ({"NEOX_NODE_RANK": "0", "NEOX_SLOTS": "1,1", "MASTER_ADDR": "n1"}, ""),
+    ],
+)
+def test_who_is_not_the_first_waits_and_says_who_it_is(capsys, monkeypatch, environ, name):
+    """Also where the mistake is that the launcher did not tell enough, and before a host's ranks are there."""
+    waited = []
+    monkeypatch.setattr("neox.launch.reporting.time.sleep", waited.append)
+    report_user_error(UserError("no address"), environ=environ)
+    assert capsys.readouterr().err == f"{name}no address\n"
+    assert waited == ([1.0] if name else [])
 
 
 def test_launch_imports_no_torch():
@@ -109,3 +146,14 @@ def test_leaving_finishes_the_programs_own_work_and_skips_the_teardown(status: i
     assert done.returncode == status, done.stderr
     assert done.stdout.split("\n") == ["begun", "thread ended", "atexit ran", ""]
     assert done.stderr == ""
+
+
+def test_a_process_without_standard_streams(tmp_path: Path) -> None:
+    """As a service may start it: what it prints goes nowhere, and above all not into its files."""
+    script = "import sys; from neox.launch.main import leave, script_main\n"
+    script += "def main(arguments): file = open(arguments[0], 'w'); print('said'); print('said', file=sys.stderr)\n"
+    script += "leave(script_main(main))"
+    command = shlex.join([sys.executable, "-c", script, str(tmp_path / "file")])
+    done = subprocess.run(["sh", "-c", f"exec {command} <&- >&- 2>&-"], check=False)
+    assert done.returncode == 0
+    assert (tmp_path / "file").read_text() == ""

@@ -57,7 +57,7 @@ def test_more_options(tmp_path: Path) -> None:
     assert {"--cpus-per-task=12", "--signal=B:USR1@60", "--no-requeue", "--qos=high"} <= asked
     assert not any(option.startswith("--gpus") for option in asked)
     assert "python -m neox.launch check --slurm a.yml || exit 1" in text
-    assert "srun --kill-on-bad-exit=1 --mpi=none python -u train.py" in text
+    assert "srun --kill-on-bad-exit=1 $cores --mpi=none python -u train.py" in text
 
 
 class Slurm:
@@ -84,7 +84,7 @@ class Slurm:
         return self.calls.read_text().splitlines() if self.calls.is_file() else []
 
     def wait_for_calls(self, number: int) -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 240
         while len(self.called()) < number:
             assert time.monotonic() < deadline, self.called()
             time.sleep(0.02)
@@ -97,10 +97,17 @@ def slurm(tmp_path: Path) -> Slurm:
 
 def test_a_run_that_ends(slurm: Slurm) -> None:
     slurm.program("srun", f'echo "srun $*" >> {slurm.calls}')
-    assert slurm.start().wait(30) == 0
+    assert slurm.start().wait(240) == 0
     (call,) = slurm.called()
     assert call.startswith("srun --kill-on-bad-exit=1 ")
     assert call.endswith(" -u train.py a.yml x=a b")
+
+
+def test_processes_get_the_cores_that_were_asked_for(slurm: Slurm) -> None:
+    """Slurm's srun does not look at this variable of the job."""
+    slurm.program("srun", f'echo "srun $*" >> {slurm.calls}')
+    assert slurm.start(SLURM_CPUS_PER_TASK="12").wait(30) == 0
+    assert slurm.called()[0].startswith("srun --kill-on-bad-exit=1 --cpus-per-task=12 ")
 
 
 def test_a_run_that_fails_is_started_again(slurm: Slurm) -> None:
@@ -108,7 +115,7 @@ def test_a_run_that_fails_is_started_again(slurm: Slurm) -> None:
     count = f"$(grep -c srun {slurm.calls})"
     slurm.program("srun", f'echo "srun restarts=$NEOX_RESTARTS" >> {slurm.calls}; [ {count} -eq 3 ] || exit 134')
     job = slurm.start()
-    _, said = job.communicate(timeout=30)
+    _, said = job.communicate(timeout=240)
     assert job.returncode == 0
     pauses = ["pause 1", "pause 2"]
     assert slurm.called() == ["srun restarts=", pauses[0], "srun restarts=1", pauses[1], "srun restarts=2"]
@@ -118,7 +125,7 @@ def test_a_run_that_fails_is_started_again(slurm: Slurm) -> None:
 def test_a_run_that_always_fails(slurm: Slurm) -> None:
     slurm.program("sleep", ":")
     slurm.program("srun", f"echo srun >> {slurm.calls}; exit 134")
-    assert slurm.start().wait(30) == 134
+    assert slurm.start().wait(240) == 134
     assert slurm.called() == ["srun"] * 4
 
 
@@ -129,7 +136,7 @@ def test_checkpoints_between_them_forgive_failures(slurm: Slurm) -> None:
     slurm.program("srun", f"{run}; [ $n -gt 3 ] || echo global_step$n > save/latest; exit 3")
     (slurm.folder / "save").mkdir()
     job = slurm.start(replace(JOB, save=Path("save"), max_restarts=3))
-    _, said = job.communicate(timeout=30)
+    _, said = job.communicate(timeout=240)
     assert job.returncode == 0
     assert said.splitlines() == [f"status 3; restart {number} of 3" for number in (1, 1, 1, 2, 3)]
     assert slurm.called() == ["srun"] * 6
@@ -140,32 +147,32 @@ def test_turns_without_a_checkpoint_end(slurm: Slurm) -> None:
     slurm.program("srun", "exit 75")
     job = replace(JOB, save=Path("save"), max_restarts=1)
     (slurm.folder / "save").mkdir()
-    assert slurm.start(job).wait(30) == 0
-    assert slurm.start(job).wait(30) == 75
+    assert slurm.start(job).wait(240) == 0
+    assert slurm.start(job).wait(240) == 75
     slurm.program("srun", "echo global_step5 > save/latest; exit 75")
-    assert slurm.start(job).wait(30) == 0
+    assert slurm.start(job).wait(240) == 0
     assert slurm.called() == ["scontrol requeue 77"] * 2
     slurm.program("srun", "exit 0")
-    assert slurm.start(job).wait(30) == 0
+    assert slurm.start(job).wait(240) == 0
     assert not list((slurm.folder / "logs").iterdir())
 
 
 def test_an_elastic_job_uses_the_most_hosts_it_can(slurm: Slurm) -> None:
     slurm.program("srun", f'echo "$*" >> {slurm.calls}')
-    assert slurm.start(replace(JOB, nodes=[1, 2, 4]), SLURM_JOB_NUM_NODES="3").wait(30) == 0
+    assert slurm.start(replace(JOB, nodes=[1, 2, 4]), SLURM_JOB_NUM_NODES="3").wait(240) == 0
     assert slurm.called()[0].startswith("--kill-on-bad-exit=1 --nodes=2 --ntasks=16 ")
 
 
 def test_a_run_that_ended_at_its_own_time_limit_is_requeued(slurm: Slurm) -> None:
     slurm.program("srun", f"echo srun >> {slurm.calls}; exit 75")
-    assert slurm.start(JOB).wait(30) == 0
+    assert slurm.start(JOB).wait(240) == 0
     assert slurm.called() == ["srun", "scontrol requeue 77"]
 
 
 def test_a_mistake_is_not_tried_again(slurm: Slurm) -> None:
     # srun's status is the highest of its processes': of those that it ended, not of the one with the mistake.
     slurm.program("srun", f'echo srun >> {slurm.calls}; printf 2 > "$NEOX_ERROR_LOCK"; exit 143')
-    assert slurm.start().wait(30) == 2
+    assert slurm.start().wait(240) == 2
     assert slurm.called() == ["srun"]
     assert not list((slurm.folder / "logs").iterdir())
 
@@ -178,7 +185,7 @@ def test_a_warned_job_is_requeued_unless_the_run_is_done(slurm: Slurm, status: i
     job = slurm.start()
     slurm.wait_for_calls(1)
     job.send_signal(signal.SIGUSR1)
-    assert job.wait(30) == 0
+    assert job.wait(240) == 0
     assert slurm.called() == ["srun", "saved"] + (["scontrol requeue 77"] if status else [])
 
 
@@ -188,7 +195,7 @@ def test_a_warned_job_that_may_not_requeue_ends(slurm: Slurm) -> None:
     job = slurm.start(Job("x", [1], 1, 1, ["train.py"], requeue=False))
     slurm.wait_for_calls(1)
     job.send_signal(signal.SIGUSR1)
-    assert job.wait(30) == 0
+    assert job.wait(240) == 0
     assert slurm.called() == ["srun"]
 
 

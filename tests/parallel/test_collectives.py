@@ -2,7 +2,9 @@
 
 import os
 import resource
+import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,11 +77,20 @@ def test_the_record() -> None:
         assert found["timeout"] == GROUP_TIMEOUT
 
 
-def come_to_a_meeting_of_three() -> str:
+def come_to_a_meeting_of_three(folder: Path, seconds: int) -> str:
+    """The first comes when the second is there, and keeps the store until that one has read it."""
     os.environ["WORLD_SIZE"] = "3"
+    is_first, coming, gone = os.environ["RANK"] == "0", folder / "coming", folder / "gone"
+    while is_first and not coming.exists():
+        time.sleep(0.01)
+    coming.touch()
     try:
-        join_world("gloo", timedelta(seconds=1))
+        join_world("gloo", timedelta(seconds=seconds))
     except LaunchError as error:
+        if not is_first:
+            gone.touch()
+        while not gone.exists():
+            time.sleep(0.01)
         return str(error)
     return "all came"
 
@@ -95,18 +106,15 @@ def test_a_rank_may_hold_a_connection_to_each_of_thousands() -> None:
     assert run_ranks(join_with_few_files, 1) == [most]
 
 
-def test_who_does_not_come_is_named() -> None:
-    for line in run_ranks(come_to_a_meeting_of_three, 2):
-        assert "after 1 s (distributed_timeout) 2 of 3 ranks came; absent: 2; what they printed may say why" in line
+def test_who_does_not_come_is_named(tmp_path: Path) -> None:
+    for line in run_ranks(come_to_a_meeting_of_three, 2, tmp_path, 4):
+        assert "after 4 s (distributed_timeout) 2 of 3 ranks came; absent: 2; what they printed may say why" in line
 
 
-def come_without_the_first() -> str:
-    rank = os.environ["RANK"]
-    if rank == "0":
-        return ""
-    return come_to_a_meeting_of_three()
+def come_without_the_first(folder: Path) -> str:
+    return "" if os.environ["RANK"] == "0" else come_to_a_meeting_of_three(folder, 1)
 
 
-def test_the_first_does_not_come() -> None:
-    line = run_ranks(come_without_the_first, 2)[1]
+def test_the_first_does_not_come(tmp_path: Path) -> None:
+    line = run_ranks(come_without_the_first, 2, tmp_path)[1]
     assert "after 1 s (distributed_timeout) rank 0 was not there: Connection refused" in line

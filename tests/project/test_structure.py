@@ -22,6 +22,7 @@ LEVELS = {
     "versions": 1,
     "patience": 1,
     "pulse": 0,
+    "secrets": 0,
     "config": 1,
     "launch": 2,
     "kernels": 2,

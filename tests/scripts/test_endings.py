@@ -37,7 +37,8 @@ def tell_launcher(pid: int) -> None:
 
 def steps(save: Path) -> list[int]:
     log = save / "metrics.jsonl"
-    return [json.loads(line)["step"] for line in log.read_text().splitlines()] if log.exists() else []
+    whole = log.read_text().rpartition("\n")[0] if log.exists() else ""  # without a line that is being written
+    return [json.loads(line)["step"] for line in whole.splitlines()]
 
 
 def run_and_ask(config: Path, save: Path, ask: Callable[[int], None]) -> tuple[int, str]:
@@ -51,13 +52,13 @@ def run_and_ask(config: Path, save: Path, ask: Callable[[int], None]) -> tuple[i
         text=True,
     )
     try:
-        before, deadline = len(steps(save)), time.monotonic() + 240
+        before, deadline = len(steps(save)), time.monotonic() + 600
         while len(steps(save)) < before + 3:
             assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < deadline, "no step in time"
             time.sleep(0.05)
         ask(process.pid)
-        err = process.communicate(timeout=120)[1]
+        err = process.communicate(timeout=600)[1]
         return process.returncode, err
     finally:
         process.kill()
@@ -72,6 +73,31 @@ def config(tmp_path: Path) -> Path:
     path = tmp_path / "model.yml"
     path.write_text(json.dumps(MODEL | TRAINING | ADAMW | flat | {"requeue_status": 75}))
     return path
+
+
+def test_a_signal_that_comes_before_anything_is_ready(config: Path) -> None:
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), str(config)], stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not handles(process.pid, signal.SIGTERM):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 75, err
+    assert err.splitlines()[-1] == "SIGTERM: ended before the first step; nothing to save"
+    assert "Traceback" not in err
+
+
+def handles(pid: int, signum: int) -> bool:
+    """Whether a process has a handler of its own for a signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = int(status.partition("SigCgt:")[2].split()[0], 16)
+    return bool(caught >> (signum - 1) & 1)
 
 
 def test_signals_end_a_run_that_the_same_command_takes_up_again(tmp_path: Path, config: Path) -> None:

@@ -1,5 +1,6 @@
 """train.py loses a rank to SIGKILL and is started again: by itself, and by torchrun with nothing else set."""
 
+import contextlib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from scripts_of import fork_script
 from training.layouts import ADAMW, MODEL, TRAINING, write_corpus
 
 ROOT = Path(__file__).parents[2]
+SCRIPT = "tests/held_train.py"
 STEPS = 30
 
 
@@ -44,9 +46,9 @@ def rank_1(parents: list[int]) -> int | None:
     """The process of rank 1 among the children of these."""
     for parent in parents:
         for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
-            variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-            if b"RANK=1" in variables:
-                return int(child)
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                if b"RANK=1" in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+                    return int(child)
     return None
 
 
@@ -55,9 +57,15 @@ def newest(save: Path) -> int:
     return int(latest.read_text().removeprefix("global_step")) if latest.exists() else 0
 
 
-def run_and_kill(commands: list[list[str]], save: Path, *, kills: tuple[int, ...]) -> list[str]:
-    """Start the commands, and kill rank 1 whenever the newest checkpoint is one of `kills`; what each prints."""
+def resumptions(outs: list[str]) -> list[int]:
+    """Iterations from which the run was taken up."""
+    return [int(step) for out in outs for step in re.findall(r"resume .*: iteration (\d+),", out)]
+
+
+def run_and_kill(commands: list[list[str]], save: Path, *, kills: tuple[int, ...], hold: Path) -> list[str]:
+    """Start the commands, and kill rank 1 when there is a checkpoint of each of `kills`; what each prints."""
     logs = [save.with_name(f"{save.name}-{number}.log") for number in range(len(commands))]
+    hold.touch()
     processes = []
     for command, path in zip(commands, logs, strict=True):
         with path.open("w") as log:
@@ -65,14 +73,15 @@ def run_and_kill(commands: list[list[str]], save: Path, *, kills: tuple[int, ...
             processes.append(subprocess.Popen(command, cwd=ROOT, env=environ, stdout=log, stderr=subprocess.STDOUT))
     try:
         deadline = time.monotonic() + 900
-        for step in kills:
-            while newest(save) < step:
+        for number, step in enumerate(kills):
+            while newest(save) < step or len(resumptions([log.read_text() for log in logs])) < number:
                 assert time.monotonic() < deadline, "no checkpoint in time"
                 assert None in [process.poll() for process in processes], logs[0].read_text()[-3000:]
                 time.sleep(0.02)
             rank = rank_1([process.pid for process in processes])
             assert rank is not None
             os.kill(rank, signal.SIGKILL)
+        hold.unlink()
         statuses = [process.wait(max(1.0, deadline - time.monotonic())) for process in processes]
     finally:
         for process in processes:
@@ -89,7 +98,7 @@ def check(save: Path, undisturbed: dict[int, float], outs: list[str], *, kills: 
     found = losses(save)
     assert sorted(found) == list(range(1, STEPS + 1))
     assert found == pytest.approx(undisturbed, abs=1e-5)
-    resumed = [int(step) for out in outs for step in re.findall(r"resume .*: iteration (\d+),", out)]
+    resumed = resumptions(outs)
     assert len(resumed) == len(kills)
     for step, begun in zip(kills, sorted(resumed), strict=True):
         assert step <= begun < STEPS
@@ -97,8 +106,8 @@ def check(save: Path, undisturbed: dict[int, float], outs: list[str], *, kills: 
 
 def test_by_itself(tmp_path: Path, config: Path, undisturbed: dict[int, float]) -> None:
     save, kills = tmp_path / "run", (5,)
-    words = [sys.executable, "train.py", str(config), f"save={save}", "num_gpus=2", "max_restarts=1"]
-    outs = run_and_kill([words], save, kills=kills)
+    words = [sys.executable, SCRIPT, str(config), f"save={save}", "num_gpus=2", "max_restarts=1"]
+    outs = run_and_kill([words], save, kills=kills, hold=config.with_name("hold"))
     check(save, undisturbed, outs, kills=kills)
     # 3 where the launcher first sees the rank that the watch ended.
     assert len(re.findall(r"^status (?:137|3); restart 1 of 1$", outs[0], flags=re.MULTILINE)) == 1
@@ -109,6 +118,6 @@ def test_torchrun(tmp_path: Path, config: Path, undisturbed: dict[int, float]) -
     save, kills = tmp_path / "run", (5, 15)
     meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "restarts"]
     start = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", *meet]
-    command = [*start, "--max-restarts", "2", "train.py", str(config), f"save={save}"]
-    outs = run_and_kill([command, command], save, kills=kills)
+    command = [*start, "--max-restarts", "2", SCRIPT, str(config), f"save={save}"]
+    outs = run_and_kill([command, command], save, kills=kills, hold=config.with_name("hold"))
     check(save, undisturbed, outs, kills=kills)

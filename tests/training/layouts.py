@@ -51,6 +51,12 @@ TRAINING = {
 }
 
 
+def saved_run(save: Path, corpus: str, **changes: Any) -> dict[str, Any]:
+    """A run with dropout that is saved, and logs every step."""
+    run = {"data_path": corpus, "save": str(save), "hidden_dropout": 0.1, "log_interval": 1}
+    return MODEL | TRAINING | ADAMW | run | changes
+
+
 def write_corpus(prefix: Path, *, documents: int = 60, first: int = 0) -> str:
     """Tokenize source files of the standard library by ASCII code into `<prefix>.bin/.idx`."""
     from neox.data import IndexedDatasetWriter

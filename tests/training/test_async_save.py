@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import kill_ranks_when, run_ranks
-from training.layouts import ADAMW, MODEL, TRAINING
+from training.layouts import saved_run
 
 from neox.checkpoint.native.integrity import damages
 from neox.config import config_from_dict
@@ -17,20 +17,7 @@ from neox.errors import CheckpointError, UserError
 
 
 def settings(save: Path, corpus: str) -> dict[str, Any]:
-    return (
-        MODEL
-        | TRAINING
-        | ADAMW
-        | {
-            "data_path": corpus,
-            "save": str(save),
-            "model_parallel_size": 2,
-            "hidden_dropout": 0.1,
-            "train_iters": 7,
-            "checkpoint_factor": 2,
-            "log_interval": 1,
-        }
-    )
+    return saved_run(save, corpus, model_parallel_size=2, train_iters=7, checkpoint_factor=2)
 
 
 def train(flat: dict[str, Any]) -> str:
@@ -82,11 +69,14 @@ def train_with_slow_disk(flat: dict[str, Any], seconds: float) -> str:
 
 def test_killed_while_it_is_written(tmp_path: Path, corpus: str) -> None:
     flat = settings(tmp_path, corpus) | {"async_save": True, "checkpoint_factor": None, "extra_save_iters": [2, 4]}
-    log = tmp_path / "metrics.jsonl"
-    kill_ranks_when(
-        lambda: log.exists() and log.read_text().count("\n") >= 6, train_with_slow_disk, 2, flat, 60.0
-    )  # training has gone on from step 4 to step 6 while the first tensor of the checkpoint was being written
-    assert (tmp_path / ".global_step4.incomplete").is_dir()
+    log, incomplete = tmp_path / "metrics.jsonl", tmp_path / ".global_step4.incomplete"
+
+    def is_behind() -> bool:
+        """Training has gone on from step 4 to step 6, and the first tensor of the checkpoint is not written yet."""
+        return incomplete.is_dir() and log.read_text().count("\n") >= 6
+
+    kill_ranks_when(is_behind, train_with_slow_disk, 2, flat, 60.0)
+    assert incomplete.is_dir()
     assert (tmp_path / "latest").read_text() == "global_step2"
     assert damages(tmp_path / "global_step2") == []
     assert run_ranks(train, 2, flat | {"load": str(tmp_path)}) == ["", ""]

@@ -55,6 +55,15 @@ def test_another_layout_draws_other_dropout_and_adds_in_another_order(run: tuple
     assert not any("dropout: new" in line for line in quiet)
 
 
+def test_a_batch_that_grows_with_the_processes_is_told(run: tuple[dict[str, Any], Path]) -> None:
+    """Where the configuration has the batch of a process, as most have."""
+    lines = lines_of(run, 2, train_batch_size=None, train_micro_batch_size_per_gpu=4)
+    assert "  differs: train_batch_size: 4 -> 8" in lines
+    assert not any("exact" in line and "order of samples" in line for line in lines if "not exact" not in line)
+    same = lines_of(run, 2, train_batch_size=None, train_micro_batch_size_per_gpu=2)
+    assert not any("train_batch_size:" in line for line in same)
+
+
 def test_changed_keys_are_told_with_both_values(run: tuple[dict[str, Any], Path]) -> None:
     optimizer = {"type": "AdamW", "params": {"lr": 1e-3}}
     lines = lines_of(run, optimizer=optimizer, seed=7, train_batch_size=8, log_interval=3, use_wandb=False)

@@ -2,14 +2,17 @@
 
 import json
 import os
+import shutil
+import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ranks import run_ranks
-from training.layouts import ADAMW, MODEL, TRAINING
-from training.poison import figures, same, skips, tensors, train_poisoned
+from training.layouts import saved_run
+from training.poison import Poison, figures, same, skips, tensors, train_poisoned
 from training.preferences import MODEL as PREFERENCES
 from training.preferences import pairs
 
@@ -29,6 +32,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "zero3_dp2": (2, {"zero_optimization": {"stage": 3}}),
     "zero3_dp2_fp16": (2, {"zero_optimization": {"stage": 3}, "precision": "fp16", "fp16": FP16}),
     "zero1_offload": (1, {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}),
+    "zero2_offload_bf16": (
+        1,
+        {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}, "precision": "bfloat16"},
+    ),
     "pp2": (2, {"pipe_parallel_size": 2}),
     "pp2_bf16": (2, {"pipe_parallel_size": 2, "precision": "bfloat16"}),
     "tp2_dp2": (4, {"model_parallel_size": 2, "zero_optimization": {"stage": 1}}),
@@ -36,19 +43,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def settings(save: Path, corpus: str) -> dict[str, Any]:
-    return (
-        MODEL
-        | TRAINING
-        | ADAMW
-        | {
-            "data_path": corpus,
-            "save": str(save),
-            "hidden_dropout": 0.1,
-            "gradient_accumulation_steps": 2,
-            "log_interval": 1,
-            "extra_save_iters": [100],
-        }
-    )
+    return saved_run(save, corpus, gradient_accumulation_steps=2, extra_save_iters=[100])
 
 
 def progress(folder: Path) -> Any:
@@ -169,6 +164,45 @@ def test_a_rewind_leaves_the_data_out_and_nothing_else(tmp_path: Path, corpus: s
         assert replace(first, left_out=[]) == replace(second, left_out=[])
     assert progress(rewound / "global_step6").left_out == windows
     assert json.loads((rewound / "left_out.json").read_text())["left_out"] == windows
+
+
+def train_with(
+    flat: dict[str, Any], factors: dict[int | str, float], iteration: int, act: Callable[[Path], None]
+) -> str:
+    """Train on one rank, where something happens in an iteration."""
+    healthy = Poison.for_step
+
+    def for_step(self: Poison, loader: Any, progress: Any) -> Any:
+        if progress.iteration + 1 == iteration:
+            act(Path(flat["save"]))
+        return healthy(self, loader, progress)
+
+    Poison.for_step = for_step  # type: ignore[method-assign]
+    return train_poisoned(flat, 1, factors)
+
+
+def ask_to_end(_: Path) -> None:
+    signal.raise_signal(signal.SIGTERM)
+
+
+def lose_checkpoints(save: Path) -> None:
+    for folder in save.glob("global_step*"):
+        shutil.rmtree(folder)
+
+
+def test_asked_to_end_in_the_step_that_goes_back_to_the_start(tmp_path: Path, corpus: str) -> None:
+    """A signal of the first step ends the run after the second, which leads back: nothing is there to be saved."""
+    flat = settings(tmp_path, corpus) | {"on_bad_loss": "rewind", "train_iters": 6}
+    assert run_ranks(train_with, 1, flat, {"2": NAN}, 1, ask_to_end) == [""]
+    assert list(tmp_path.glob("global_step*")) == []
+    told = (tmp_path / "logs" / "ranks" / "rank-00000.log").read_text()
+    assert "SIGTERM: ended at iteration 0 of 6, where the run went back to; nothing new to save\n" in told
+
+
+def test_a_rewind_without_its_checkpoint_ends_in_one_line(tmp_path: Path, corpus: str) -> None:
+    flat = settings(tmp_path, corpus) | {"on_bad_loss": "rewind", "train_iters": 4, "extra_save_iters": [1]}
+    (error,) = run_ranks(train_with, 1, flat, {"2": NAN}, 2, lose_checkpoints)
+    assert error == f"{tmp_path}/global_step1: no such checkpoint; {tmp_path} has: none"
 
 
 def test_a_batch_left_out_is_passed_over_after_a_crash(tmp_path: Path, corpus: str) -> None:

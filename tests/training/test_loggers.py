@@ -12,6 +12,7 @@ import pytest
 from neox.errors import ConfigError
 from neox.training.metrics import loggers
 from neox.training.metrics.loggers import BarSink, JsonLinesSink, LineSink, MetricLog, console_lines, wants_wandb
+from neox.training.validation import perplexity
 
 TRAIN = {
     "train/lm_loss": 2.25,
@@ -336,3 +337,8 @@ def test_when_wandb_is_wanted(tmp_path):
     key_file.chmod(0o600)
     assert wants_wandb(None, host=host, environ=nothing)
     assert not wants_wandb(None, host="https://other.example.org", environ=nothing)
+
+
+def test_perplexity_of_a_loss_that_is_no_number_is_none_either() -> None:
+    assert math.isnan(perplexity(math.nan))
+    assert [perplexity(0.0), perplexity(1e4)] == [1.0, math.inf]

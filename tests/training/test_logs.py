@@ -53,7 +53,7 @@ def speak(folder: str, terminal: str) -> None:
         for number in range(3):
             warnings.warn(f"old function, {number}", stacklevel=1)
         logging.getLogger("neox.x").warning("disk of rank %s fails", rank)
-        print(f"report of {rank}:\n  all its\n  lines", file=sys.stderr)
+        sys.stderr.write(f"report of {rank}:\n  all its\n  lines\n")  # as the watch does: print() would write twice
         if rank != "0":
             print(f"only {'x' * int(rank)} says this", file=sys.stderr)
         NoteStep().before_training(SimpleNamespace(iteration=120))
@@ -194,6 +194,30 @@ def test_a_disk_that_is_full_loses_lines_and_nothing_else(tmp_path: Path, monkey
     ]
 
 
+def test_a_line_that_a_full_disk_cut_off_is_ended_before_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    file, write, room = AppendedFile(tmp_path / "x.log", said.append), os.write, 8
+
+    def fill(descriptor: int, data: bytes) -> int:
+        nonlocal room
+        if not room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        done = write(descriptor, data[:room])
+        room -= done
+        return done
+
+    monkeypatch.setattr(os, "write", fill)
+    for line in ("first\n", "second\n", "third\n"):
+        file.append(line)
+    room = 100
+    file.append("fourth\n")
+    file.append("fifth\n")
+    assert (tmp_path / "x.log").read_text() == "first\nse\nfourth\nfifth\n"
+    assert len(said) == 2
+
+
 def test_a_forked_worker_appends_and_renames_nothing(tmp_path: Path) -> None:
     file = file_of(tmp_path / "x.log", most_bytes=200, earlier=2)
     child = os.fork()
@@ -225,9 +249,10 @@ def test_a_signal_handler_may_print_in_the_middle_of_a_print(tmp_path: Path, mon
 
 
 def test_once_is_until_it_is_news_again(tmp_path: Path) -> None:
-    now = [1e9]
+    now = [600.0 * 10**6 - 0.1]  # just before a period ends
     first, second = (Once(tmp_path / "said", clock=lambda: now[0]) for _ in range(2))
     assert first.is_first("rank 1 is slow, 3.5 s")
+    now[0] += 0.2
     assert not second.is_first("rank 12 is slow, 2.25 s")
     assert second.is_first("rank 12 is fast")
     now[0] += 3600

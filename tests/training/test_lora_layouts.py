@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from ranks import run_ranks
 from training.layouts import ADAMW, MODEL, SGD, TRAINING, Curve, curve_of
 
 from neox.checkpoint.conversion.convert import largest_logit_difference
+from neox.checkpoint.described import open_described
 from neox.checkpoint.huggingface import export_huggingface
 from neox.checkpoint.lora import MergedWeights, merged
 from neox.checkpoint.native.store import NativeReader
@@ -293,16 +293,15 @@ def script(name: str) -> Callable[[list[str]], None]:
 
 
 def test_merging_script_writes_a_checkpoint_to_go_on_from(tmp_path: Path, corpus: str, run_folder: Path) -> None:
-    config_file = tmp_path / "model.yml"
-    config_file.write_text(yaml.safe_dump(saving(corpus, tmp_path)))
-    arguments = ["--input_dir", str(run_folder), "--config_file", str(config_file)]
-    script("ckpts/merge_lora.py")([*arguments, "--output_dir", str(tmp_path / "merged")])
+    merge = script("ckpts/merge_lora.py")
+    merge(["--input_dir", str(run_folder), "--output_dir", str(tmp_path / "merged")])
     reader, expected = open_checkpoint(tmp_path / "merged"), merged(open_checkpoint(run_folder))
     assert sorted(reader.names()) == sorted(expected.names())
     assert all(torch.equal(reader.tensor(name), expected.tensor(name)) for name in reader.names())
+    described = [open_described(folder)[1] for folder in (tmp_path / "merged", run_folder)]
+    assert described[0].model == described[1].model
+    assert not described[0].lora.is_on
     flat = settings(corpus, load=str(tmp_path / "merged"), lora={}, finetune=True)
     assert prepare(config_from_dict(flat))
     with pytest.raises(CheckpointError, match="has no LoRA factors"):
-        script("ckpts/merge_lora.py")(
-            ["--input_dir", str(tmp_path / "merged"), *arguments[2:], "--output_dir", str(tmp_path / "again")]
-        )
+        merge(["--input_dir", str(tmp_path / "merged"), "--output_dir", str(tmp_path / "again")])

@@ -84,6 +84,21 @@ def test_fp16_overflow_skips_on_all_ranks(corpus: str, layout: str) -> None:
     assert found.losses[-1] < found.losses[0] - 0.3
 
 
+@pytest.mark.parametrize("layout", ["one", *FP16_LAYOUTS])
+def test_an_update_at_which_the_loss_scale_grows_is_whole(corpus: str, layout: str) -> None:
+    """A scale that doubles at every second step changes nothing that is learned; powers of two round nothing."""
+    world_size, changes = {"one": (1, {}), **FP16_LAYOUTS}[layout]
+    plain = {key: value for key, value in TRAINING.items() if key != "precision"}
+    sgd = {"optimizer": {"type": "SGD", "params": {"lr": 0.1}}, "gradient_clipping": 100.0}
+    flat = MODEL | plain | sgd | changes | {"data_path": corpus, "train_iters": 7}
+    grown = curve_of(flat | {"fp16": {"enabled": True, "initial_scale_power": 4, "loss_scale_window": 2}}, world_size)
+    fixed = curve_of(flat | {"fp16": {"enabled": True, "loss_scale": 16}}, world_size)
+    assert len(set(grown.scales)) > 3
+    assert not any(grown.skipped)
+    np.testing.assert_allclose(grown.losses, fixed.losses, rtol=0, atol=2e-4)
+    np.testing.assert_allclose(grown.norms, fixed.norms, rtol=5e-3)
+
+
 def tied_copies(flat: dict[str, Any], world_size: int) -> np.ndarray:
     """The embedding as this stage holds it, after a few steps."""
     config = config_from_dict(flat, world_size=world_size)

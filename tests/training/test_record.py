@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -17,20 +16,20 @@ from training.layouts import ADAMW, MODEL, TRAINING
 
 from neox import versions
 from neox.checkpoint.native.manifest import Progress
-from neox.config import config_from_dict
+from neox.config import config_from_dict, load_config
 from neox.parallel.mesh import Mesh
+from neox.secrets import masked_text, masked_values, masked_variables
 from neox.training import record
-from neox.training.secrets import masked_text, masked_variables
 
 
-def train_a_step(flat: dict[str, Any]) -> None:
+def train_a_step(file: str) -> None:
     """Train, or go on."""
     from neox.training.run import train
 
     torch.set_num_threads(1)
     os.environ["MY_API_TOKEN"] = "0123456789"
-    sys.argv = ["train.py", "small.yml", "online_url=http://me:hidden@host/x"]
-    train(config_from_dict(flat, world_size=2))
+    sys.argv = ["train.py", "small.yml", "online_url=http://me:concealed@host/x"]
+    train(load_config([file], world_size=2))
 
 
 def test_every_start_leaves_a_record(tmp_path: Path, corpus: str) -> None:
@@ -43,8 +42,16 @@ def test_every_start_leaves_a_record(tmp_path: Path, corpus: str) -> None:
         "checkpoint_factor": 1,
     }
     flat = MODEL | TRAINING | ADAMW | save | {"model_parallel_size": 2}
-    run_ranks(train_a_step, 2, flat)
-    run_ranks(train_a_step, 2, flat)
+    flat |= {"wandb_host": "https://me:concealed@host", "comet_others": {"api_token": "concealed"}}
+    given = tmp_path / "given" / "small.yml"
+    given.parent.mkdir()
+    given.write_text(yaml.safe_dump(flat) + "# password: concealed\n")
+    run_ranks(train_a_step, 2, str(given))
+    run_ranks(train_a_step, 2, str(given))
+    written = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "changes.patch"]
+    written.remove(given)
+    assert [path for path in written if b"concealed" in path.read_bytes()] == []
+    assert yaml.safe_load((tmp_path / "global_step2" / "configs" / "small.yml").read_text())["train_iters"] == 2
     first, second = sorted((tmp_path / "record").iterdir(), key=lambda path: path.stat().st_mtime_ns)
     found = json.loads((first / "run.json").read_text())
     assert (found["goes_on_from"], found["iteration"]) == (None, 0)
@@ -120,6 +127,7 @@ def test_gpus_and_hosts() -> None:
 
 
 NAMES = """WANDB_API_KEY HF_TOKEN AWS_SECRET_ACCESS_KEY PGPASSWORD DB_PWD my_passphrase GOOGLE_CREDENTIALS
+    GITHUB_PAT MYSQL_PW APP_CRED BEARER
     HTTP_AUTHORIZATION COOKIE SENTRY_DSN SLACK_WEBHOOK SLACK_HOOK_URL STORAGE_CONNECTION_STRING BLOB_SAS CI_JOB_JWT"""
 
 
@@ -129,7 +137,16 @@ def test_secrets_by_name(name: str) -> None:
 
 
 def test_what_is_no_secret_is_kept() -> None:
-    environ = {"TOKENIZERS_PARALLELISM": "false", "PWD": "/srv/x", "OLDPWD": "/", "NCCL_DEBUG": "INFO", "HF_TOKEN": ""}
+    values = {"num_key_value_heads": 4, "eod_token": "x", "vocab_file": "/srv/hf_tokenizer_of_ours/tokenizer.json"}
+    assert masked_values(values) == values
+    environ = {
+        "TOKENIZERS_PARALLELISM": "false",
+        "PWD": "/srv/x",
+        "OLDPWD": "/",
+        "PATH": "/bin",
+        "NCCL_DEBUG": "INFO",
+        "HF_TOKEN": "",
+    }
     assert masked_variables(environ) == dict(sorted(environ.items()))
     for text in ("tokenizer_type: HFTokenizer", "loss per token is low", "s3://bucket/prefix", "eod_mask_loss: true"):
         assert masked_text(text) == text
@@ -144,9 +161,14 @@ def test_what_is_no_secret_is_kept() -> None:
         ("X=Name=a;AccountKey=Zm9v==;Suffix=b", "X=Name=a;AccountKey=***"),
         ("train.py wandb_api_key=abc123 train_iters=5", "train.py wandb_api_key=*** train_iters=5"),
         ("train.py --api-key abc123 --x", "train.py --api-key *** --x"),
-        ('{"password": "a b", "x": 1}', '{"password": ***, "x": 1}'),
+        ('{"password": "a b", "x": 1}', '{"password": "***", "x": 1}'),
         ("use hf_abcdefghijklmnop now", "use *** now"),
         ("AKIAABCDEFGHIJKLMNOP", "***"),
+        ("smtp://me:p@ss/word@host:25/x", "smtp://***@host:25/x"),
+        ("train.py --token abc --password 'a b' --x", "train.py --token *** --password *** --x"),
+        ("-H 'Authorization: Bearer abcdefgh'", "-H 'Authorization: Bearer ***'"),
+        ("-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----\nx", "***\nx"),
+        ("https://hooks.slack.com/services/T0/B0/XX", "https://hooks.slack.com/services/***"),
     ],
 )
 def test_secrets_in_texts(text: str, shown: str) -> None:

@@ -22,6 +22,7 @@ from neox.checkpoint.open import open_checkpoint
 from neox.config import Config, config_from_dict
 from neox.data import IndexedDatasetWriter
 from neox.errors import CheckpointError, ConfigError
+from neox.training.origin import load_folder
 
 MODEL = {
     "num_layers": 2,
@@ -183,7 +184,11 @@ def test_a_mistyped_folder_is_told_instead_of_missing_sizes(tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match="no such folder"):
         resolve(RUN | {"load": str(tmp_path / "pythia")})
     # With the sizes given it is a run that has not begun yet.
-    assert resolve(MODEL | RUN | {"load": str(tmp_path / "pythia"), "seq_length": 16}).model.num_layers == 2
+    sized = MODEL | RUN | {"load": str(tmp_path / "pythia"), "seq_length": 16}
+    assert resolve(sized).model.num_layers == 2
+    (tmp_path / "pythia").write_text("weights")
+    with pytest.raises(CheckpointError, match="pythia: a file; name the folder"):
+        load_folder(resolve(sized))
 
 
 def test_a_tokenizer_larger_than_the_rows_is_refused(tmp_path: Path, huggingface: Path, few_tokens: str) -> None:

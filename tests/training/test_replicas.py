@@ -63,10 +63,11 @@ def test_parts_add_up_to_the_whole(cut: int) -> None:
 
 
 class Hit:
-    """Flips the lowest bit of the first byte of something on one rank, once, after a step."""
+    """Flips a bit of something on one rank, once, after a step: by default the lowest one of the first byte."""
 
-    def __init__(self, engine: Engine, victim: str, rank: int, after: int) -> None:
+    def __init__(self, engine: Engine, victim: str, rank: int, after: int, bit: int = 0) -> None:
         self.engine, self.victim, self.rank, self.after = engine, victim, rank, after
+        self.byte, self.mask = bit // 8, 1 << bit % 8
 
     def before_training(self, progress: Any) -> None:
         pass
@@ -74,7 +75,7 @@ class Hit:
     def after_step(self, step: Step) -> None:
         if step.progress.iteration == self.after and self.engine.mesh.rank == self.rank:
             self.after = 0
-            self.tensor().data.view(-1)[:1].view(torch.uint8)[0] ^= 1
+            self.tensor().data.view(-1)[:1].view(torch.uint8)[self.byte] ^= self.mask
 
     def tensor(self) -> torch.Tensor:
         kind, _, name = self.victim.partition(" ")
@@ -231,7 +232,10 @@ def test_at_pipeline_2_tensor_2(corpus: str) -> None:
     )
 
 
-def train_hit(flat: dict[str, Any], world_size: int, hit: tuple[str, int, int]) -> None:
+HIGHEST_OF_EXPONENT = 30
+
+
+def train_hit(flat: dict[str, Any], world_size: int, hit: tuple[Any, ...]) -> None:
     """A whole run in which a bit flips."""
     torch.set_num_threads(1)
     from neox.training import run
@@ -247,6 +251,11 @@ def test_going_back_mends_the_run(corpus: str, tmp_path: Path) -> None:
     flat |= {"on_replica_mismatch": "rewind"}
     run_ranks(train_hit, 2, flat | {"save": str(tmp_path / "calm")}, 2, (f"weights {NORM}", 1, 0))
     run_ranks(train_hit, 2, flat | {"save": str(tmp_path / "hit")}, 2, (f"weights {NORM}", 1, 3))
-    calm, hit = figures(tmp_path / "calm"), figures(tmp_path / "hit")
-    assert (4, "train/rewinds") in hit
-    assert {key: value for key, value in hit.items() if key[1] != "train/rewinds"} == calm
+    spoils = flat | {"save": str(tmp_path / "spoilt"), "on_bad_loss": "skip_batch"}
+    run_ranks(train_hit, 2, spoils, 2, (f"weights {NORM}", 1, 3, HIGHEST_OF_EXPONENT))
+    calm = figures(tmp_path / "calm")
+    for run in ("hit", "spoilt"):
+        hit = figures(tmp_path / run)
+        assert (4, "train/rewinds") in hit
+        assert {key: value for key, value in hit.items() if key[1] != "train/rewinds"} == calm
+    assert not (tmp_path / "spoilt" / "skipped.jsonl").exists()  # its loss was NaN, which was no fault of the batch

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from golden_models import GOLDENS
 from ranks import run_ranks
 from training.layouts import ADAMW, MODEL, TRAINING
 from training.test_resume import figures
@@ -120,6 +121,10 @@ def test_checkpoints_of_another_run_in_the_same_folder(tmp_path: Path, tuned: di
     begun = resolve(flat, 1)
     (tmp_path / "run" / "latest").write_text("global_step4")  # as if it had been lost before its end
     assert going_on(begun, restarted=True) is begun
+    shutil.copytree(GOLDENS / "seq" / "global_step4", tmp_path / "run" / "global_step9")  # of GPT-NeoX
+    (tmp_path / "run" / "latest").write_text("global_step9")
+    assert going_on(begun, restarted=True) is begun
+    (tmp_path / "run" / "latest").write_text("global_step4")
     os.utime(tmp_path / "run/global_step4/manifest.json")  # and as if it had saved
     assert load_folder(going_on(begun, restarted=True)) == tmp_path / "run/global_step4"
 
@@ -128,7 +133,7 @@ def views(flat: dict[str, Any], late_looks: int) -> str:
     """What becomes of it that this rank, unless it is the first, looks so often before it sees what the first does."""
     from neox.parallel.mesh import build_mesh
 
-    resumption._SECONDS_TO_AGREE, resumption._POLL_SECONDS = 1.0, 0.1
+    resumption._SECONDS_TO_AGREE, resumption._POLL_SECONDS = (60.0 if late_looks < 10 else 1.0), 0.1
     config = resolve(flat, 2)
     mesh, looks = build_mesh(config), 0
 

@@ -21,6 +21,7 @@ from neox.checkpoint.native.s3 import S3Folder, upload_checkpoint
 from neox.checkpoint.native.store import NativeReader, Team
 from neox.config import config_from_dict
 from neox.errors import ConfigError
+from neox.pulse import pulses
 from neox.training.uploads import Uploads, check_store
 
 PART = 5 * 2**20
@@ -139,7 +140,9 @@ def test_large_files_go_in_parts_and_the_manifest_and_latest_come_last(tmp_path:
 def test_what_failed_is_tried_again_with_the_next(tmp_path: Path, variables: dict[str, str]) -> None:
     settings = checkpoint_settings("s3://comes-later/run-7")
     uploads = Uploads(settings)
-    warning = uploads.upload(save(tmp_path / "run", 1), Team())
+    folder, before = save(tmp_path / "run", 1), pulses()
+    warning = uploads.upload(folder, Team())
+    assert pulses() > before, "an attempt is no stall"
     assert warning is not None
     assert "s3_path s3://comes-later/run-7: global_step1 not uploaded" in warning
     assert "tried again at the next save" in warning

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 from checkpoint.exports import llama_tokenizer, random_run, same_weights
-from model_families import GQA, KEYS
+from model_families import GQA
 from ranks import run_ranks
 from training.layouts import ADAMW, MODEL, TRAINING
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -17,6 +17,7 @@ from neox.checkpoint.conversion.export import Export
 from neox.checkpoint.open import open_checkpoint
 from neox.config import config_from_dict
 from neox.errors import CheckpointError
+from neox.training.preflight import prepare
 
 
 def test_a_comparison_that_does_not_fit_is_left_out_and_said_to_be(tmp_path, monkeypatch):
@@ -114,12 +115,13 @@ def test_an_export_that_computes_something_else_is_no_checkpoint(tmp_path, corpu
     assert (tmp_path / "run" / "global_step2" / "hf" / "model.safetensors").is_file()
 
 
-def test_save_hf_is_refused_before_training_where_no_class_fits(monkeypatch):
-    config, _ = random_run(**KEYS["neox"] | {"pos_emb": "none", "rotary_pct": 1.0})
+def test_save_hf_is_refused_before_training_where_no_class_fits(tmp_path, corpus, monkeypatch):
+    flat = llama_run(tmp_path, corpus, 4)
+    without_class = flat | {"pos_emb": "none"}
     with pytest.raises(CheckpointError, match="pos_emb: none"):
-        export.check_exportable(config)
-    config, _ = random_run(**KEYS["neox"])
-    export.check_exportable(config)
+        prepare(config_from_dict(without_class, world_size=1))
+    assert prepare(config_from_dict(without_class | {"save_hf": False}, world_size=1))
+    assert prepare(config_from_dict(flat, world_size=1))
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(CheckpointError, match="save_hf: needs transformers"):
-        export.check_exportable(config)
+        prepare(config_from_dict(flat, world_size=1))

@@ -18,7 +18,10 @@ from neox.parallel.mesh import Mesh
 from neox.training.stragglers import DeviceTime, compared
 
 SLOW, NAP = 2, 1.0
-"""A rank, and seconds that it sleeps in every forward pass: many times what a step takes, the first one too."""
+"""A rank, and seconds that it sleeps in every forward pass: more than a step takes."""
+
+LATE = 1
+"""A rank that sleeps longer, in its first forward pass only."""
 
 
 def train_with_a_slow_rank(flat: dict[str, Any], world_size: int) -> None:
@@ -31,6 +34,9 @@ def train_with_a_slow_rank(flat: dict[str, Any], world_size: int) -> None:
         engine, *rest = start(config, mesh)
         if mesh.rank == SLOW:
             engine.deepspeed.module.register_forward_pre_hook(lambda *_: time.sleep(NAP))
+        if mesh.rank == LATE:
+            naps = iter([5 * NAP])
+            engine.deepspeed.module.register_forward_pre_hook(lambda *_: time.sleep(next(naps, 0.0)))
         return engine, *rest
 
     run.start_or_resume = start_slowly
@@ -39,7 +45,7 @@ def train_with_a_slow_rank(flat: dict[str, Any], world_size: int) -> None:
 
 def test_slow_rank_is_named(tmp_path: Path, corpus: str) -> None:
     flat = MODEL | TRAINING | ADAMW | {"data_path": corpus, "train_iters": 6, "log_interval": 2}
-    flat |= {"model_parallel_size": 2, "straggler_factor": 4.0, "log_dir": str(tmp_path / "log")}
+    flat |= {"model_parallel_size": 2, "straggler_factor": 2.0, "log_dir": str(tmp_path / "log")}
     flat |= {"save": str(tmp_path), "extra_save_iters": [6]}
     run_ranks(train_with_a_slow_rank, 4, flat, 4)
     text = "".join(path.read_text() for path in (tmp_path / "log").rglob("*") if path.is_file())
@@ -48,10 +54,11 @@ def test_slow_rank_is_named(tmp_path: Path, corpus: str) -> None:
         r"([\d.]+) times the [\d.]+ s that are usual among all(?:; slow at (\d) of (\d) looks)?",
         text,
     )
-    said = list(dict.fromkeys(found))  # the same line is in rank 0's file and in that of all
+    # The same line is in rank 0's file and in that of all. What a busy machine holds up besides is slow for moments.
+    said = [line for line in dict.fromkeys(found) if line[1] == str(SLOW) or float(line[2]) >= NAP]
     assert [(when, rank) for when, rank, *_ in said] == [("2", "2"), ("4", "2"), ("6", "2")]
     assert [(times, looks) for *_, times, looks in said] == [("", ""), ("2", "2"), ("3", "3")]
-    assert all(float(seconds) >= NAP and float(factor) > 4 for _, _, seconds, factor, *_ in said)
+    assert all(float(seconds) >= NAP and float(factor) > 2 for _, _, seconds, factor, *_ in said)
 
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     slowest = [r["train/slowest_rank"] for r in records if "train/slowest_rank" in r]
@@ -115,7 +122,7 @@ def test_device_time_is_that_of_the_step_without_its_collectives(monkeypatch: py
     clock.start(is_sampled=False)
     collective(5.0)
     clock.stop()
-    assert clock.seconds() == 0.0
+    assert clock.seconds() is None
 
     clock.start(is_sampled=True)
     Event.now += 2.0

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from ranks import fork, free_port
 from training.layouts import ADAMW, MODEL, TRAINING
 
 SIZE = 4
-SECONDS_TO_END = 100
+SECONDS_TO_END = 300
 
 
 @dataclass
@@ -49,6 +50,7 @@ def run_until_all_end(body: Callable[..., None], *args: Any, folder: Path, stopp
 
 
 def _rank(body: Callable[..., None], args: tuple[Any, ...], rank: int, port: int, file: str) -> None:
+    os.chdir(Path(file).parent)
     output = os.open(file, os.O_WRONLY | os.O_CREAT)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -94,8 +96,25 @@ def mistaken() -> None:
     raise DataError("corpus.bin: is damaged; copy it again")
 
 
+def mark(rank: int) -> Path:
+    """The file that says that a rank waits in a collective."""
+    return Path(f"{rank}.waits")
+
+
+def mark_wait() -> None:
+    """Say when this rank comes to its next collective."""
+    from neox.watch.signs import glance
+
+    while not glance(0.0)["last"]["inside"]:
+        time.sleep(0.001)
+    mark(own_rank()).touch()
+
+
 def train_until(fault: Callable[[], None], rank: int, corpus: str, timeout: float, num_workers: int = 0) -> None:
-    """Train without end on two tensor-parallel times two data-parallel ranks; one fails when it fetches a batch."""
+    """Train without end on two tensor-parallel times two data-parallel ranks.
+
+    One fails when it is to fetch its fourth batch, and the others have theirs and wait for it.
+    """
     import torch
 
     from neox.config import config_from_dict
@@ -103,13 +122,18 @@ def train_until(fault: Callable[[], None], rank: int, corpus: str, timeout: floa
     from neox.training.run import train
 
     torch.set_num_threads(1)
-    flat = MODEL | TRAINING | ADAMW | {"data_path": corpus, "model_parallel_size": 2, "train_iters": 1_000_000}
+    flat = MODEL | TRAINING | ADAMW | {"data_path": corpus, "model_parallel_size": 2, "train_iters": 1000}
     flat |= {"distributed_timeout": timeout, "num_workers": num_workers}
     following, taken = BatchLoader.__next__, count(1)
 
     def fetch(loader: BatchLoader) -> Any:
-        if next(taken) > 3 and own_rank() == rank:
-            fault()
+        if next(taken) == 4:
+            if own_rank() != rank:
+                threading.Thread(target=mark_wait, daemon=True).start()
+            else:
+                while not all(mark(other).exists() for other in range(SIZE) if other != rank):
+                    time.sleep(0.01)
+                fault()
         return following(loader)
 
     BatchLoader.__next__ = fetch
@@ -117,13 +141,16 @@ def train_until(fault: Callable[[], None], rank: int, corpus: str, timeout: floa
 
 
 def reduce_until(fault: Callable[[], None], rank: int, timeout: float) -> None:
-    """Add up without end, watched; one rank fails at its fifth step."""
+    """Add up without end, watched; one rank fails at its fifth step, or all of them for a rank of -1."""
     import torch
     import torch.distributed as dist
 
     from neox.config import config_from_dict
     from neox.parallel.mesh import build_mesh
-    from neox.watch import at_step, watched
+    from neox.watch import at_step, server, watched
+
+    if rank == -1:
+        server.SECONDS_TO_SETTLE = 60.0  # which ends as soon as all have failed
 
     config = config_from_dict(MODEL | TRAINING | ADAMW | {"distributed_timeout": timeout}, world_size=SIZE)
     with watched(config) as watch:

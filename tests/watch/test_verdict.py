@@ -2,7 +2,9 @@
 
 import asyncio
 import os
+import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -20,6 +22,7 @@ from neox.checkpoint.native.manifest import LATEST, MANIFEST, Progress
 from neox.checkpoint.storage.tensor_file import TensorFileWriter
 from neox.data.gpt_dataset import Sample
 from neox.files import WriteBehind
+from neox.parallel.collectives import Record, raised_by_collective
 from neox.parallel.mesh import Mesh
 from neox.pulse import pulses
 from neox.training.batches import BatchMaker
@@ -125,6 +128,30 @@ def test_computing_counts_outside_of_training_only(clock: list[float]) -> None:
     assert looks(clock, idleness, computing=3.0) == 55.0
     with phase("saving"):
         assert looks(clock, idleness, computing=3.0) == 0.0
+
+
+def test_a_compiler_that_a_process_waits_for_counts() -> None:
+    """The computing time of a child of a child, and of one that has ended."""
+    shell = subprocess.Popen(
+        ["sh", "-c", "i=0; (while :; do i=$((i+1)); done) & echo $!; wait"], stdout=subprocess.PIPE
+    )
+    assert shell.stdout is not None
+    compiler = int(shell.stdout.readline())
+    try:
+        begun = computed()
+        deadline = time.monotonic() + 60
+        while computed() < begun + 0.2:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        os.kill(compiler, signal.SIGKILL)
+        shell.wait()
+    assert computed() > begun + 0.1  # it is counted in ticks of a clock
+
+
+def computed() -> float:
+    """Seconds, without those of this process itself."""
+    return signs._work()[0] - time.process_time()
 
 
 def test_each_batch_that_a_slow_loader_gives_counts(clock: list[float]) -> None:
@@ -250,7 +277,7 @@ def test_a_terminal_that_hangs_does_not_hold_up_the_watch(monkeypatch: pytest.Mo
     monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=hang, flush=lambda: None))
     monkeypatch.setattr(client, "_SECONDS_TO_PRINT", 0.1)
     client.say("rank 3 is gone")
-    assert reached.is_set()
+    assert reached.wait(60)
     released.set()
 
 
@@ -267,3 +294,12 @@ def test_a_watch_that_fails_ends_its_process(
     session.Watch(60.0)._run(None, None)
     assert ended == [3]
     assert "the watch of rank 5 failed: ZeroDivisionError: a defect of the watch" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("path", "is_its_own"), [("torch/utils/data/handler.py", False), ("torch/gloo.py", True)])
+def test_a_loader_that_dies_during_a_collective_is_no_failure_of_it(path: str, is_its_own: bool) -> None:
+    """torch raises it wherever the main thread is, which is mostly in a collective."""
+    with pytest.raises(RuntimeError) as raised:
+        exec(compile("raise RuntimeError('is killed by signal')", f"/site-packages/{path}", "exec"))
+    Record().fail(raised.value)
+    assert raised_by_collective(raised.value) == is_its_own

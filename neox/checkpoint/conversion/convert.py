@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from neox.checkpoint.huggingface import SHARD_BYTES
-from neox.checkpoint.native.manifest import Layout, Manifest, Progress
+from neox.checkpoint.native.manifest import LATEST, Layout, Manifest, Progress
 from neox.checkpoint.native.store import AnnouncedTensor, StoredTensor, Team, divided, write_checkpoint
 from neox.checkpoint.storage.ahead import read_ahead
 from neox.checkpoint.storage.memory import available_bytes, return_freed
@@ -39,9 +39,11 @@ def write_native(weights: WeightReader, config: Config, root: Path, *, max_shard
         max_shard_bytes: bound on the size of a file.
 
     Raises:
-        CheckpointError: the weights do not fit the configuration.
+        CheckpointError: the weights do not fit the configuration, or `root` is the folder of a run, which would go on
+            from them.
     """
     assert config.model.padded_vocab_size is not None, "the vocabulary is resolved before a model is written"
+    check_no_run(root)
     manifest = Manifest(
         progress=Progress(),
         layout=Layout(pipe_parallel_size=1, data_parallel_size=1, model_parallel_size=1, zero_stage=0),
@@ -73,6 +75,18 @@ def write_native(weights: WeightReader, config: Config, root: Path, *, max_shard
         file_bytes=max_shard_bytes,
         announced=announced,
     )
+
+
+def check_no_run(root: Path) -> None:
+    """See that a model written to `root` does not become the newest checkpoint of a run there.
+
+    Raises:
+        CheckpointError: it would.
+    """
+    latest = root / LATEST
+    named = latest.read_text(errors="replace").strip() if latest.is_file() else ""
+    if named not in ("", "global_step0"):
+        raise CheckpointError(f"{root}: holds a run, whose latest checkpoint is {named!r}; name another folder")
 
 
 def native_files(config: ModelConfig, *, max_shard_bytes: int = SHARD_BYTES) -> dict[str, int]:

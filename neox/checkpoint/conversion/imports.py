@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from neox.checkpoint.conversion.convert import native_files, write_native
+from neox.checkpoint.conversion.convert import check_no_run, native_files, write_native
 from neox.checkpoint.described import described_keys
 from neox.checkpoint.huggingface import HuggingFaceReader
 from neox.checkpoint.meta_llama import MetaLlamaReader
@@ -34,8 +34,9 @@ def import_model(
         Lines on what was done, or would be.
 
     Raises:
-        UserError: the folder is not whole, or cannot be written.
+        UserError: the folder is not whole, or `root` is the folder of a run, or cannot be written.
     """
+    check_no_run(root)
     reader.check_files()
     keys = described_keys(reader)
     if precision is not None:

@@ -9,6 +9,7 @@ import torch
 from neox.checkpoint.storage.tensor_file import TensorFile
 from neox.checkpoint.storage.torch_file import LazyTensor, TorchFile
 from neox.errors import CheckpointError
+from neox.files import is_inside
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -98,8 +99,25 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; is this the folder of a Hugging Face model?") from None
-    except ValueError as error:
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); copy it again") from None
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error}); copy it again") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds no JSON object; copy it again")
     return content
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Read which file of a folder each tensor is in.
+
+    Raises:
+        CheckpointError: it is missing, no such list, or leads out of the folder.
+    """
+    entries = read_json(path).get("weight_map")
+    if not isinstance(entries, dict):
+        raise CheckpointError(f"{path}: has no weight_map; copy it again")
+    for name, file in entries.items():
+        if not isinstance(file, str) or not is_inside(file):
+            raise CheckpointError(f"{path}: {name} is in {file!r}, which is no file of the folder; copy it again")
+    return entries

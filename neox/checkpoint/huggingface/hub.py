@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from neox.checkpoint.huggingface.files import BIN_INDEX, INDEX, open_weights, read_json
+from neox.checkpoint.huggingface.files import BIN_INDEX, INDEX, open_weights, read_index, read_json
 from neox.checkpoint.huggingface.read import HuggingFaceReader
 from neox.errors import CheckpointError, ConfigError
 
@@ -93,9 +93,8 @@ def check_repo_id(repo_id: str) -> None:
 
 def _check_index(folder: Path, index: str) -> None:
     """Compare what an index says with the headers of the files, both ways."""
-    entries: dict[str, str] = read_json(folder / index)["weight_map"]
     by_file: dict[str, set[str]] = {}
-    for name, file in entries.items():
+    for name, file in read_index(folder / index).items():
         by_file.setdefault(file, set()).add(name)
     for file, names in by_file.items():
         found = set(open_weights(folder / file).names())

@@ -9,7 +9,16 @@ from typing import Any
 import torch
 
 from neox.checkpoint.huggingface.detect import family_that_wrote
-from neox.checkpoint.huggingface.files import BIN, BIN_INDEX, INDEX, SINGLE, WeightFile, open_weights, read_json
+from neox.checkpoint.huggingface.files import (
+    BIN,
+    BIN_INDEX,
+    INDEX,
+    SINGLE,
+    WeightFile,
+    open_weights,
+    read_index,
+    read_json,
+)
 from neox.checkpoint.huggingface.gpt_neox import HEADS
 from neox.checkpoint.huggingface.layouts import Layout
 from neox.checkpoint.weights import check_shape, missing_tensor
@@ -120,10 +129,7 @@ class HuggingFaceReader:
     def _listed(self) -> dict[str, Path]:
         for index in (INDEX, BIN_INDEX):
             if (self.folder / index).is_file():
-                entries = read_json(self.folder / index).get("weight_map")
-                if not isinstance(entries, dict):
-                    raise CheckpointError(f"{self.folder / index}: has no weight_map; copy it again")
-                return {name: self.folder / file for name, file in entries.items()}
+                return {name: self.folder / file for name, file in read_index(self.folder / index).items()}
         for name in (SINGLE, BIN):
             path = self.folder / name
             if path.is_file():

@@ -47,8 +47,9 @@ class Rotary(Field):
         base = rope.pop("rope_theta", content.get(self.base, self.default_base))
         share = rope.pop("partial_rotary_factor", content.get(self.share, self.default_share)) if self.share else 1.0
         keys = {"pos_emb": "rotary", "rotary_emb_base": base, "rotary_pct": share}
-        if rope["rope_type"] == "dynamic" and "max_position_embeddings" in content:
-            rope["original_max_position_embeddings"] = content["max_position_embeddings"]
+        kind, trained, length = rope["rope_type"], "original_max_position_embeddings", "max_position_embeddings"
+        if length in content and (kind == "dynamic" or (kind in ("yarn", "llama3") and trained not in rope)):
+            rope[trained] = content[length]
         return keys | {"rope_scaling": rope if rope["rope_type"] != "default" else None}
 
     def obstacle(self, config: ModelConfig) -> str:
@@ -80,5 +81,6 @@ def _parameters(content: Mapping[str, Any]) -> dict[str, Any]:
     # Where both are given, transformers takes the older key.
     rope = dict(content.get("rope_scaling") or content.get("rope_parameters") or {})
     kind = rope.pop("type", "default")
+    rope.pop("finetuned", None)  # of the first models with yarn; it says how they were made
     given = {key: value for key, value in rope.items() if value is not None}
     return {"rope_type": given.pop("rope_type", kind), **given}

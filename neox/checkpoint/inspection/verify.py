@@ -1,6 +1,5 @@
 """Whether a checkpoint of any format is whole, and whether two of them compute the same."""
 
-import json
 import math
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,7 @@ import torch
 from neox.checkpoint.architecture import model_config_of, saved_keys
 from neox.checkpoint.described import open_described
 from neox.checkpoint.huggingface import INDEX, is_huggingface
+from neox.checkpoint.huggingface.files import read_index
 from neox.checkpoint.inspection.logits import BATCH_SIZE, random_tokens, streamed_logits
 from neox.checkpoint.lora import MergedWeights, merged
 from neox.checkpoint.native.integrity import damages
@@ -66,7 +66,7 @@ def _file_damages(folder: Path) -> list[str]:
     """What is wrong with files of other formats, and with the list of files of a Hugging Face folder."""
     found = list(_index_damages(folder)) if is_huggingface(folder) else []
     files = [path for path in sorted(folder.iterdir()) if path.suffix in (*PICKLED, ".safetensors")]
-    sizes = {path.name: path.stat().st_size for path in files}
+    sizes = {path.name: path.stat().st_size if path.is_file() else 0 for path in files}
     for name in progress_bar(sizes, sizes, "verifying"):
         try:
             _check_file(folder / name)
@@ -99,9 +99,9 @@ def _index_damages(folder: Path) -> Iterator[str]:
     """Files that the index of a sharded model names and that are not there, or have not the tensors it says."""
     for path in (folder / name for name in INDICES if (folder / name).is_file()):
         try:
-            entries: dict[str, str] = json.loads(path.read_bytes())["weight_map"]
-        except (ValueError, KeyError, TypeError):
-            yield f"{path}: no list of tensors and files; copy it again"
+            entries = read_index(path)
+        except CheckpointError as error:
+            yield str(error)
             continue
         for file in sorted(set(entries.values())):
             if not (folder / file).is_file():

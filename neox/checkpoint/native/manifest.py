@@ -23,6 +23,7 @@ from typing import Any
 
 from neox.checkpoint.storage.tensor_file import checksum
 from neox.errors import CheckpointError, UnreadError
+from neox.files import is_inside
 from neox.patience import is_mistake, unreadable
 
 FORMAT = "neox-native"
@@ -137,7 +138,7 @@ class Manifest:
             if not is_mistake(error):
                 raise UnreadError(f"{unreadable(path, error)}; start again when it can be") from None
             raise CheckpointError(f"{folder}: not a native checkpoint, it has no {MANIFEST}") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: not valid JSON ({error}); the checkpoint is damaged") from None
         except (AttributeError, KeyError, TypeError):
             kind = None, None
@@ -147,9 +148,19 @@ class Manifest:
             )
         if saved != _checksum({"format": FORMAT, "version": VERSION} | content):
             raise CheckpointError(f"{path}: damaged, its checksum is not the one it was written with; copy it again")
-        content["progress"] = Progress(**content["progress"])
-        content["layout"] = Layout(**content["layout"])
-        return cls(**content)
+        try:
+            content["progress"] = Progress(**content["progress"])
+            content["layout"] = Layout(**content["layout"])
+            manifest = cls(**content)
+            strange = {entry["file"] for entry in manifest.tensors.values()} - manifest.files.keys()
+            strange |= {name for name in manifest.files if not is_inside(name)}
+        except (AttributeError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{path}: not as this release writes it ({error}); use the release that did"
+            ) from None
+        if strange:
+            raise CheckpointError(f"{path}: names {min(strange)}, which is no file of the checkpoint; copy it again")
+        return manifest
 
 
 def _checksum(content: dict[str, Any]) -> str:
@@ -180,6 +191,8 @@ def checkpoint_folder(root: Path, iteration: int | None = None) -> Path | None:
         if not latest.is_file():
             return None
         tag = latest.read_text(errors="replace").strip()
+        if not tag.isprintable():
+            raise CheckpointError(f"{latest}: damaged, it names no folder; write the name of the one to take into it")
     else:
         tag = f"global_step{iteration}"
     folder = root / tag

@@ -12,6 +12,7 @@ from typing import Any
 from neox.checkpoint.native.manifest import LATEST, MANIFEST, Manifest
 from neox.checkpoint.native.store import Team
 from neox.errors import ConfigError, UserError
+from neox.pulse import pulse
 
 SCHEME = "s3://"
 ATTEMPTS = 8
@@ -47,6 +48,9 @@ class S3Folder:
             self._client: Any = boto3.session.Session().client("s3", config=Config(retries=retries, connect_timeout=10))
         except (BotoCoreError, ValueError) as error:
             raise ConfigError(f"s3_path {address}: {error}; check AWS_ENDPOINT_URL, AWS_PROFILE and ~/.aws") from None
+        # A store that takes connections and never answers costs a minute an attempt, and all together more than the
+        # time in which every process must get on.
+        self._client.meta.events.register("before-send.s3", lambda **_: pulse())
 
     def check(self) -> None:
         """See that the bucket can be reached.

@@ -4,6 +4,7 @@ import errno
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from neox.checkpoint.storage.tensor_file import CODES, TensorFile, TensorFileWri
 from neox.checkpoint.weights import missing_tensor
 from neox.errors import CheckpointError, UnsavedError, UserError
 from neox.files import write_whole
+from neox.secrets import masked_text, masked_values
 
 DTYPE_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in CODES}
 
@@ -107,21 +109,31 @@ def write_checkpoint(
     final = root / f"global_step{iteration}"
     temporary = _together(team, lambda: begin(final) if team.rank == 0 else None)[0]
     assert temporary is not None, "rank 0 made the folder"
-
-    def finish(written: list[list[_File]]) -> None:
-        if team.rank == 0:
-            _write_manifest(temporary, manifest, [file for files in written for file in files], configs)
-            if add is not None:
-                add(temporary)
-            commit(temporary, final)
-
     try:
         written = _together(team, lambda: _write_share(temporary, tensors, team, announced, file_bytes))
-        _together(team, lambda: finish(written))
+        files = [file for of_rank in written for file in of_rank]
+        finish = partial(_finish, temporary, final, files, manifest, configs, add=add)
+        _together(team, lambda: finish() if team.rank == 0 else None)
     finally:
         if team.rank == 0:
             discard(final)
     return final
+
+
+def _finish(
+    temporary: Path,
+    final: Path,
+    files: list[_File],
+    manifest: Manifest,
+    configs: Mapping[str, str],
+    *,
+    add: Callable[[Path], None] | None,
+) -> None:
+    """Complete the folder when all ranks have written their share, and commit it."""
+    _write_manifest(temporary, manifest, files, configs)
+    if add is not None:
+        add(temporary)
+    commit(temporary, final)
 
 
 @dataclass(frozen=True)
@@ -253,14 +265,15 @@ def _write_next(writer: TensorFileWriter, tensors: Iterator[StoredTensor]) -> No
 def _write_manifest(folder: Path, manifest: Manifest, files: list[_File], configs: Mapping[str, str]) -> None:
     sizes = {file.name: file.size for file in files}
     checksums: dict[str, str] = {}
-    for given, text in configs.items():
-        name = f"configs/{Path(given).name}"
+    for given, original in configs.items():
+        name, text = f"configs/{Path(given).name}", masked_text(original)
         write_whole(folder / name, text)
         sizes[name], checksums[name] = len(text.encode()), checksum(text.encode())
     tensors: dict[str, dict[str, Any]] = {}
     for file in files:
         tensors |= file.content
-    complete = replace(manifest, files=sizes, tensors=tensors, checksums=checksums)
+    config = masked_values(manifest.config)
+    complete = replace(manifest, config=config, files=sizes, tensors=tensors, checksums=checksums)
     write_whole(folder / MANIFEST, complete.to_json())
 
 

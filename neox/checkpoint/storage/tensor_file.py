@@ -139,7 +139,7 @@ class TensorFile:
             content = json.loads(header)
             content.pop("__metadata__", None)
             entries = {name: _entry(value, 8 + length) for name, value in content.items()}
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             raise self._damaged("its header is no list of tensors") from None
         entries = dict(sorted(entries.items(), key=lambda item: item[1].begin))
         position = 8 + length

@@ -7,12 +7,15 @@ Format (torch/serialization.py): a zip archive of uncompressed records, `data.pk
 tensor names its storage, and `data/<key>` the bytes of each storage.
 """
 
+import errno
 import io
 import os
 import pickle
+import shutil
 import sys
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -84,11 +87,12 @@ class TorchFileWriter:
         pickled = io.BytesIO()
         pickler = _Pickler(pickled)
         pickler.dump(content)
-        self._archive = torch._C.PyTorchFileWriter(str(path))
+        with self._naming_the_cause():
+            self._archive = torch._C.PyTorchFileWriter(str(path))
+            for name, record in (("data.pkl", pickled.getvalue()), ("byteorder", sys.byteorder.encode())):
+                self._archive.write_record(name, record, len(record))
         self._descriptor = os.open(path, os.O_RDONLY)
         self._behind = WriteBehind(self._descriptor)
-        for name, record in (("data.pkl", pickled.getvalue()), ("byteorder", sys.byteorder.encode())):
-            self._archive.write_record(name, record, len(record))
         self._expected = {key: tensor for key, tensor in pickler.tensors.items() if tensor.is_meta}
         for key, tensor in pickler.tensors.items():
             if not tensor.is_meta:
@@ -100,8 +104,11 @@ class TorchFileWriter:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._archive.write_end_of_file()
-        os.close(self._descriptor)
+        try:
+            with self._naming_the_cause() if kind is None else suppress(RuntimeError):
+                self._archive.write_end_of_file()
+        finally:
+            os.close(self._descriptor)
         if kind is None:
             assert not self._expected, f"{self.path}: {len(self._expected)} tensors were announced and did not come"
             flush(self.path)
@@ -124,5 +131,15 @@ class TorchFileWriter:
         if numbers.storage_offset():
             numbers = numbers.clone()  # a record is the beginning of a storage
         storage: Any = numbers.untyped_storage()
-        self._archive.write_record(f"data/{key}", storage, numbers.nbytes)
+        with self._naming_the_cause(numbers.nbytes):
+            self._archive.write_record(f"data/{key}", storage, numbers.nbytes)
         self._behind.wrote(numbers.nbytes)
+
+    @contextmanager
+    def _naming_the_cause(self, count: int = 2**20) -> Iterator[None]:
+        """Make an error of the system of torch's, which says that bytes cannot be written, and not why."""
+        try:
+            yield
+        except RuntimeError as error:
+            code = errno.ENOSPC if shutil.disk_usage(self.path.parent).free < count else errno.EIO
+            raise OSError(code, os.strerror(code), str(self.path)) from error

@@ -45,9 +45,20 @@ def _encode_latin1(text: str, encoding: str = "latin1") -> bytes:
     return codecs.encode(text, encoding)
 
 
-def _numpy_functions() -> dict[str, Callable[..., Any]]:
-    """Return the functions that numpy arrays and scalars pickle by, found through numpy's own `__reduce__`."""
-    return {"_reconstruct": np.empty(0).__reduce__()[0], "scalar": np.float64(0).__reduce__()[0]}  # type: ignore[index,dict-item]
+class NumberType(Placeholder):
+    """Stands for a numpy dtype: `("f8", False, True)`, and in its state the order of the bytes."""
+
+
+def _number(kind: Any, raw: Any) -> Any:
+    """A scalar of numpy.
+
+    Of numpy's own only this is made, from a type that is looked at. Its dtypes and arrays can be told by a pickle to
+    take bytes for addresses of objects, and no array of a checkpoint is read: they are states of random numbers.
+    """
+    code = kind.arguments[0] if isinstance(kind, NumberType) else None
+    if not isinstance(code, str) or np.dtype(code).kind not in "biufcSU":
+        raise ForbiddenNameError("a scalar of numpy that is no number")
+    return np.frombuffer(raw, np.dtype(code).newbyteorder(kind.state[1]))[0]
 
 
 ALLOWED: dict[tuple[str, str], Any] = {
@@ -55,8 +66,8 @@ ALLOWED: dict[tuple[str, str], Any] = {
     ("builtins", "set"): set,
     ("builtins", "complex"): complex,
     ("_codecs", "encode"): _encode_latin1,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
+    ("numpy", "ndarray"): Placeholder,
+    ("numpy", "dtype"): NumberType,
     ("torch", "Size"): torch.Size,
     ("torch", "device"): torch.device,
     ("torch", "Tensor"): Placeholder,
@@ -70,7 +81,7 @@ ALLOWED: dict[tuple[str, str], Any] = {
     **{
         (f"numpy.{core}.multiarray", name): function
         for core in ("core", "_core")
-        for name, function in _numpy_functions().items()
+        for name, function in (("_reconstruct", Placeholder), ("scalar", _number))
     },
 }
 

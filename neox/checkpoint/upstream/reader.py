@@ -13,11 +13,12 @@ import torch
 
 from neox.checkpoint.upstream.files import UpstreamFiles
 from neox.checkpoint.upstream.names import Dialect, dialect_of, translate
+from neox.checkpoint.upstream.old_keys import in_todays_keys
 from neox.checkpoint.upstream.parts import Part
 from neox.checkpoint.weight_map import Kind, kind_of
 from neox.checkpoint.weights import missing_tensor
 from neox.config import ModelConfig
-from neox.config.yaml_files import merge
+from neox.config.yaml_files import SUFFIXES, merge
 from neox.errors import CheckpointError, ConfigError
 from neox.parallel.splits import ONE_GROUP, join_shards, split_dimension
 
@@ -155,11 +156,12 @@ class UpstreamReader:
     @cached_property
     def _saved_config(self) -> dict[str, Any]:
         folders = (self.folder / "configs", self.folder.parent / "configs")
-        paths = next((found for folder in folders if (found := sorted(folder.glob("*.yml")))), [])
+        paths = next((found for folder in folders if (found := _configurations(folder))), [])
         try:
-            return merge(paths, ()).values
+            values = merge(paths, ()).values
         except ConfigError as error:
             raise CheckpointError(f"{error}; mend it, the weights cannot be read without") from None
+        return in_todays_keys(values, inner_width=self._inner_width("layers.2.mlp.linear1"))
 
     def _by_name(self, ranks: Sequence[dict[str, Part]]) -> dict[str, list[Part]]:
         """Parts by canonical name, from each tensor rank's under the names of the file."""
@@ -266,7 +268,7 @@ class UpstreamReader:
                 "copy the whole folder"
             )
         blocks = {int(name.split(".")[1]) for name in self._shards if ".attention." in name}
-        missing = set(range(2, 2 + self.arguments.get("num_layers", len(blocks)))) - blocks
+        missing = set(range(2, 2 + self.arguments.get("num_layers", max(1, len(blocks))))) - blocks
         if missing or "layers.0.word_embeddings.weight" not in self._shards:
             index = min(missing) if missing and 0 in {int(name.split(".")[1]) for name in self._shards} else 0
             raise CheckpointError(f"{self.folder}: has no layer {index}; copy the whole folder")
@@ -275,7 +277,7 @@ class UpstreamReader:
                 self._check_heads(name)
             if name.endswith("mlp.linear1.weight"):
                 self._check_gate(name)
-        if self.files.ranks > 1 and any(".qk_layernorm." in name for name in self._shards):
+        if self.files.ranks > 1 and any(name.endswith(".qk_layernorm.bias") for name in self._shards):
             logger.warning(
                 "%s: was trained at model_parallel_size %d, where GPT-NeoX normalises queries and keys over the heads "
                 "of a rank; here it is over all heads, which gives other logits",
@@ -304,3 +306,8 @@ class UpstreamReader:
             )
         if rows != inner and self._dialect is Dialect.TRANSFORMER_ENGINE:
             raise CheckpointError(f"{self.folder}: {name} is TransformerEngine's with a gate, which cannot be read")
+
+
+def _configurations(folder: Path) -> list[Path]:
+    """The files of a folder that GPT-NeoX takes as configuration."""
+    return sorted(path for path in folder.glob("*") if path.suffix in SUFFIXES)

@@ -133,7 +133,7 @@ class UpstreamRun:
     @property
     def _is_resumable(self) -> bool:
         """Whether the run's optimizer was saved, be it before its first step."""
-        return self._files.has_partitions or isinstance(self._files.state.get("optimizer"), dict)
+        return self._files.has_partitions or bool(_optimizer_of(self._files.state))
 
     @property
     def _stages(self) -> int:
@@ -158,7 +158,7 @@ class UpstreamRun:
     def _loss_scaler(self) -> dict[str, float]:
         if self._files.has_partitions:
             return scaler_fields(self._files.partitions(0)[0])
-        return scaler_fields(self._files.state.get("optimizer") or {})
+        return scaler_fields(_optimizer_of(self._files.state))
 
     def _read_states(self) -> dict[str, list[Part]]:
         """Parts by tensor rank of each `<name>/<state>`."""
@@ -195,14 +195,20 @@ class UpstreamRun:
         partitions = self._files.partitions(number)
         if partitions:
             return zero_states(state, partitions, source)
-        saved = state.get("optimizer")
-        if not isinstance(saved, dict):
+        saved = _optimizer_of(state)
+        if not saved:
             raise CheckpointError(f"{source}: has no optimizer state, other ranks have; {NO_STATE}")
         shared = {}
         is_last = number // self._files.ranks == self._stages - 1
         if self._stages > 1 and is_last and not any("final_linear" in name for name in self.names()):
             shared = _by_layer(self._files.weights[number % self._files.ranks])[0]
         return plain_states(saved, _groups(saved, shared, layers, source), source)
+
+
+def _optimizer_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The optimizer in the file of a rank; empty where ZeRO keeps it, and in the files of GPT-NeoX's converters."""
+    saved = state.get("optimizer")
+    return saved if isinstance(saved, dict) else {}
 
 
 def _by_layer(weights: Mapping[str, Part]) -> list[dict[str, torch.Size]]:

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from neox.checkpoint.native.manifest import Progress
-from neox.data.order import Ranges, advance, read_places
+from neox.data.order import Ranges, advance, merged, read_places
 from neox.errors import UserError
 from neox.training.engine import Engine
 from neox.training.guards.left_out import LeftOut
@@ -80,9 +80,10 @@ class Guards:
         self._starts.append(self._samples[0])
         if self._finding is None and self.rules.need_every_loss and not self.engine.skipped_last_step:
             self.rules.note(self._loss)
-        if self._finding is not None and self._finding.action == "skip_batch" and not self._is_too_many():
-            self.left_out.add(self._samples)
-        return replace(after, left_out=self.left_out.ranges, recent_losses=list(self.rules.recent))
+        left_out = self.left_out.ranges
+        if self._leaves_batch_out():
+            left_out = merged([*left_out, self._samples])
+        return replace(after, left_out=left_out, recent_losses=list(self.rules.recent))
 
     def after_step(self, step: Step) -> None:
         """Do what is to be done about a bad step.
@@ -103,6 +104,9 @@ class Guards:
         self._finding = self.rules.judge(loss, norm)
         return self._finding is not None
 
+    def _leaves_batch_out(self) -> bool:
+        return self._finding is not None and self._finding.action == "skip_batch" and not self._is_too_many()
+
     def _is_too_many(self) -> bool:
         return self._in_a_row >= self.settings.max_skips
 
@@ -115,6 +119,8 @@ class Guards:
         if self._is_too_many():
             steps = f"the {self._in_a_row} steps before it were left out too, and max_skips allows no more"
             raise self._end(self.iteration, self._samples, f"{finding}; {steps}")
+        if self._leaves_batch_out():
+            self.left_out.add(self._samples)
         self._in_a_row += 1
         done = "update left out" if finding.action == "skip" else "update left out, and the batch from now on"
         self.log.record(self.iteration, str(finding), done, self._samples, self._passed_over)

@@ -106,10 +106,13 @@ class Rewinder:
         return resume_run(engine, origin.run, whole=is_own)
 
     def _own_checkpoint(self) -> Origin:
-        """The newest one of this process that is whole."""
+        """The newest one of this process that is whole.
+
+        By the number that every rank knows: what `latest` names may reach some hosts of a network file system later.
+        """
         settings, check = self.engine.config.checkpoint, thorough_check(self.engine.mesh)
         assert settings.save is not None, "a checkpoint was saved"
-        folder = checkpoint_to_load(Path(settings.save), None, fallback=True, check=check)
+        folder = checkpoint_to_load(Path(settings.save), self.saver.newest, fallback=True, check=check)
         assert folder is not None, "a checkpoint was saved"
         run = open_run(folder)
         assert run is not None, "what was saved is a run"

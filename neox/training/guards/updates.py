@@ -31,15 +31,17 @@ def guard_updates(engine: Engine, leaves_out: Decision) -> None:
     optimizer = engine.deepspeed.optimizer
     update = optimizer.step
 
-    def ask_and_update(*args: Any, **options: Any) -> Any:
+    def ask_and_update(*args: Any, **options: Any) -> None:
         with norm_before_update(engine) as norm:
             loss, norm_seen = agreed(engine, engine.loss_before_update(), norm)
-            if not leaves_out(loss, norm_seen):
+            if leaves_out(loss, norm_seen):
+                leave_out(optimizer, update)
+                optimizer._global_grad_norm = norm
+            else:
                 optimizer.overflow = False  # torch's own has no such thing, so nothing else would reset it
-                return update(*args, **options)
-            leave_out(optimizer, update)
-        optimizer._global_grad_norm = norm
-        return None
+                update(*args, **options)
+        if optimizer.overflow:
+            forget_gradients(optimizer)
 
     optimizer.step = ask_and_update
 
@@ -112,6 +114,15 @@ def leave_out(optimizer: Any, update: Callable[[], Any]) -> None:
         return
     with replaced(optimizer, _update_scale=lambda *_: None, **finding):
         update()
+
+
+def forget_gradients(optimizer: Any) -> None:
+    """Have the next step begin with no gradients, after an update was left out.
+
+    With `offload_optimizer` and gradients accumulated in fp32, DeepSpeed's ZeRO 1 and 2 would add to those of this one.
+    """
+    if hasattr(optimizer, "scaled_global_norm"):
+        optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
 
 
 @contextmanager

@@ -69,17 +69,19 @@ class AppendedFile:
         self._most_bytes = most_bytes
         self._earlier = earlier
         self._process = os.getpid()
-        self._is_failing = False
+        self._is_failing = self._is_torn = False
         self._descriptor = self._open()
 
     def append(self, text: str) -> None:
         """Hand text to the system at once, so that a crash loses none."""
-        data = text.encode("utf-8", "backslashreplace")
+        data = (b"\n" if self._is_torn else b"") + text.encode("utf-8", "backslashreplace")
         try:
             if self._descriptor < 0:
                 self._descriptor = self._open()
             self._make_room(len(data))
-            os.write(self._descriptor, data)
+            while data:  # a disk that becomes full takes a part
+                data = data[os.write(self._descriptor, data) :]
+                self._is_torn = bool(data)
         except OSError as error:
             self.close()  # a folder that is mounted anew wants a new descriptor
             if not self._is_failing:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 SECONDS = 600
-"""After which the same is news again."""
+"""For which the same is no news; it is again before twice as many have passed."""
 
 
 class Once:
@@ -28,12 +28,14 @@ class Once:
         self._clock = clock
 
     def is_first(self, text: str) -> bool:
-        """Whether nobody said it within the last minutes; from now on somebody did."""
-        period = str(int(self._clock() // SECONDS))
+        """Whether nobody said it within the last SECONDS; from now on somebody did."""
+        period = int(self._clock() // SECONDS)
         name = hashlib.sha256(re.sub(r"[0-9]+", "0", text).encode()).hexdigest()[:32]
         try:
+            if (self._folder / str(period - 1) / name).exists():  # by a rank whose clock stood just before the turn
+                return False
             self._begin(period)
-            (self._folder / period / name).touch(exist_ok=False)
+            (self._folder / str(period) / name).touch(exist_ok=False)
         except FileExistsError:
             return False
         except OSError:
@@ -44,10 +46,10 @@ class Once:
         """Remove the files, where the run ends."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _begin(self, period: str) -> None:
-        """Make the folder of a period; whoever does removes those before it."""
+    def _begin(self, period: int) -> None:
+        """Make the folder of a period; whoever does removes those that no longer count."""
         with contextlib.suppress(FileExistsError):
-            (self._folder / period).mkdir(parents=True)
+            (self._folder / str(period)).mkdir(parents=True)
             for earlier in self._folder.iterdir():
-                if earlier.name.isdigit() and int(earlier.name) < int(period):
+                if earlier.name.isdigit() and int(earlier.name) < period - 1:
                     shutil.rmtree(earlier, ignore_errors=True)

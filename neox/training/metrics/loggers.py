@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, SupportsFloat, 
 from urllib.parse import urlsplit
 
 from neox.errors import ConfigError
+from neox.secrets import masked_values
 from neox.training.logs.streams import CopiedStream, beside_copy
 from neox.training.metrics.json_lines import JsonLinesSink
 
@@ -232,7 +233,7 @@ class WandbSink:
                 entity=settings.wandb_team,
                 group=settings.wandb_group,
                 name=name,
-                config=config.to_flat(),
+                config=masked_values(config.to_flat()),
                 settings=wandb.Settings(base_url=settings.wandb_host),
             )
         except wandb.Error as error:
@@ -272,7 +273,7 @@ class CometSink:
             self.experiment.set_name(settings.comet_experiment_name)
         self.experiment.add_tags(list(settings.comet_tags or ()))
         self.experiment.log_others(settings.comet_others or {})
-        self.experiment.log_parameters(config.to_flat())
+        self.experiment.log_parameters(masked_values(config.to_flat()))
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Send the metrics of a step."""
