@@ -13,8 +13,10 @@ _NAMES = re.compile(
 )
 """Names of variables whose values are not shown. It is better to hide a value too many."""
 
+# The length before the word is bounded: a text that is one long word is searched from each of its letters on.
 _NAMED = (
-    r"(?:[\w-]*(?:(?:api|access|auth|private|secret|wandb|comet|hf|account)[_-]?(?:key|token)|passw(?:or)?d|secret)|"
+    r"(?:[\w-]{0,60}"
+    r"(?:(?:api|access|auth|private|secret|wandb|comet|hf|account)[_-]?(?:key|token)|passw(?:or)?d|secret)|"
     r"(?<![\w-])token|(?<=--)token)"
 )
 

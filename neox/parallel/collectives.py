@@ -2,10 +2,12 @@
 
 import functools
 import inspect
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import torch
@@ -57,6 +59,7 @@ class Record:
         seconds: spent inside of those that returned.
         started: how many were begun, by group or channel.
         failed: whether the last one raised.
+        stack: file, line and function of each call around the last one that raised, the outermost first.
         is_of_step: whether the thread works on the step: the main thread, or one of autograd's, which run the
             backward pass on a GPU; other threads write checkpoints.
     """
@@ -70,6 +73,7 @@ class Record:
     seconds: float = 0.0
     started: dict[Any, int] = field(default_factory=dict)
     failed: bool = False
+    stack: Sequence[tuple[str, int, str]] = ()
     is_of_step: bool = True
 
     def begin(self, name: str, where: Any, elements: int) -> None:
@@ -86,8 +90,8 @@ class Record:
             _observer()
 
     def fail(self, error: BaseException) -> None:
-        """It raised."""
-        self.failed = True
+        """It raised; where, is kept, as the exception leaves the calls around it."""
+        self.failed, self.stack = True, stack_of(sys._getframe(1))
         if not _is_of_a_loader(error):
             setattr(error, _MARK, self.name)
 
@@ -98,6 +102,15 @@ class Record:
         self.since, self.inside = now, False
         if _observer is not None:
             _observer()
+
+
+def stack_of(frame: FrameType | None) -> list[tuple[str, int, str]]:
+    """File, line and function of a call and of those around it, the outermost first."""
+    found = []
+    while frame is not None:
+        found.append((frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_qualname))
+        frame = frame.f_back
+    return found[::-1]
 
 
 _records: dict[int, Record] = {}

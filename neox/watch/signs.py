@@ -14,7 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from neox.parallel.collectives import Record, last_record, records
+from neox.parallel.collectives import Record, last_record, records, stack_of
 from neox.pulse import pulse, pulses
 
 TRAINING = "training"
@@ -154,7 +154,13 @@ def standing(idle: float, traceback: TracebackType | None = None) -> dict[str, A
         traceback: of the exception that the main thread came out with, which tells more than where it is now.
     """
     main, frames = threading.main_thread(), sys._current_frames()
-    stacks = {"": frames_of(traceback) if traceback else _frames(frames.get(main.ident or 0))}
+    record = records().get(main.ident or 0)
+    if traceback is not None:
+        stacks = {"": frames_of(traceback)}
+    elif record is not None and record.failed:  # and the exception is on its way
+        stacks = {"": [_place(*call) for call in record.stack]}
+    else:
+        stacks = {"": _frames(frames.get(main.ident or 0))}
     threads = {thread.ident: thread.name for thread in threading.enumerate() if thread is not main}
     for number, frame in frames.items():
         name = threads.get(number, "autograd")
@@ -221,11 +227,7 @@ def _members(where: Any) -> list[int] | None:
 
 def _frames(frame: FrameType | None) -> list[str]:
     """Functions of a stack, the outermost first."""
-    found = []
-    while frame is not None:
-        found.append(_place(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_qualname))
-        frame = frame.f_back
-    return found[::-1]
+    return [_place(*call) for call in stack_of(frame)]
 
 
 def frames_of(traceback: TracebackType | None) -> list[str]:

@@ -22,7 +22,7 @@ from neox.checkpoint.native.manifest import LATEST, MANIFEST, Progress
 from neox.checkpoint.storage.tensor_file import TensorFileWriter
 from neox.data.gpt_dataset import Sample
 from neox.files import WriteBehind
-from neox.parallel.collectives import Record, raised_by_collective
+from neox.parallel.collectives import Record, own_record, raised_by_collective
 from neox.parallel.mesh import Mesh
 from neox.pulse import pulses
 from neox.training.batches import BatchMaker
@@ -303,3 +303,26 @@ def test_a_loader_that_dies_during_a_collective_is_no_failure_of_it(path: str, i
         exec(compile("raise RuntimeError('is killed by signal')", f"/site-packages/{path}", "exec"))
     Record().fail(raised.value)
     assert raised_by_collective(raised.value) == is_its_own
+
+
+def test_where_a_collective_broke_is_known_while_its_exception_is_on_its_way() -> None:
+    def reduces_gradients() -> None:
+        record = own_record()
+        record.begin("all_reduce", None, 8)
+        try:
+            raise RuntimeError("connection closed by peer")
+        except RuntimeError as error:
+            record.fail(error)
+            raise
+        finally:
+            record.end()
+
+    def stack() -> str:
+        return "\n".join(signs.standing(0.0)["stacks"][""])
+
+    with pytest.raises(RuntimeError):
+        reduces_gradients()
+    assert "reduces_gradients" in stack()
+    own_record().begin("all_reduce", None, 8)
+    own_record().end()
+    assert "reduces_gradients" not in stack()
