@@ -5,6 +5,7 @@ import signal
 import threading
 
 _NOT_FOR_US = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_SECONDS_BETWEEN_LOOKS = 5.0
 
 
 def serve(rank_pid: int, worker: int) -> None:
@@ -12,7 +13,7 @@ def serve(rank_pid: int, worker: int) -> None:
 
     Ctrl-C and a scheduler's signals reach all processes of a job, and the rank has steps to finish, for which it needs
     its workers. SIGTERM is also how the rank ends a worker that does not end by itself. A worker whose rank has died
-    ends within seconds, as torch's workers do.
+    ends within seconds. torch's own see that by their parent, which is not the rank where a server starts them.
 
     Args:
         rank_pid: process that reads from this one.
@@ -26,7 +27,12 @@ def serve(rank_pid: int, worker: int) -> None:
 
 
 def _obey(rank_pid: int) -> None:
-    """End this process when the rank says so; a handler would not know who sent the signal."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != rank_pid:
-        continue
-    os._exit(0)
+    """End this process when the rank says so, or is no more; a handler would not know who sent the signal."""
+    while True:
+        heard = signal.sigtimedwait({signal.SIGTERM}, _SECONDS_BETWEEN_LOOKS)
+        if heard is not None and heard.si_pid == rank_pid:
+            os._exit(0)
+        try:
+            os.kill(rank_pid, 0)
+        except OSError:
+            os._exit(0)

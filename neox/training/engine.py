@@ -14,7 +14,7 @@ from neox.config import Config, deepspeed_dict
 from neox.model.experts import Experts
 from neox.parallel.mesh import Mesh
 from neox.training.batches import GlobalBatch
-from neox.training.loss_scale import grow_after_updates
+from neox.training.deepspeed_updates import mend_updates
 from neox.training.objectives.objective import Figures, NextToken, Objective
 from neox.training.optimizers.build import build_optimizer
 
@@ -128,8 +128,7 @@ def start_deepspeed(model: nn.Module, config: Config, mesh: Mesh, **changes: Any
         dist_init_required=False,
     )
     install_timers(engine, config)
-    if config.model.precision == "fp16":
-        grow_after_updates(engine.optimizer)
+    mend_updates(engine.optimizer, has_loss_scale=config.model.precision == "fp16")
     return engine
 
 

@@ -59,6 +59,13 @@ FP16_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "zero3_dp2": (2, {"zero_optimization": {"stage": 3}}),
     "tp2": (2, {"model_parallel_size": 2}),
     "pp2": (2, {"pipe_parallel_size": 2, "gradient_accumulation_steps": 2}),
+    "offload": (
+        1,
+        {
+            "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+            "data_types": {"grad_accum_dtype": "fp32"},
+        },
+    ),
 }
 
 

@@ -40,8 +40,6 @@ def guard_updates(engine: Engine, leaves_out: Decision) -> None:
             else:
                 optimizer.overflow = False  # torch's own has no such thing, so nothing else would reset it
                 update(*args, **options)
-        if optimizer.overflow:
-            forget_gradients(optimizer)
 
     optimizer.step = ask_and_update
 
@@ -114,15 +112,6 @@ def leave_out(optimizer: Any, update: Callable[[], Any]) -> None:
         return
     with replaced(optimizer, _update_scale=lambda *_: None, **finding):
         update()
-
-
-def forget_gradients(optimizer: Any) -> None:
-    """Have the next step begin with no gradients, after an update was left out.
-
-    With `offload_optimizer` and gradients accumulated in fp32, DeepSpeed's ZeRO 1 and 2 would add to those of this one.
-    """
-    if hasattr(optimizer, "scaled_global_norm"):
-        optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
 
 
 @contextmanager
