@@ -2,6 +2,8 @@
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePath
 
 from neox.errors import UserError
@@ -23,16 +25,25 @@ def is_inside(name: str) -> bool:
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
-def place_of(path: Path) -> Path:
-    """Where a finished file is to be moved to become `path`: to what a link means.
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Write a file beside its place; when the block ends it is on the disk and moved there, to what a link means.
+
+    No reader and no crash sees a part of it, and where the block fails nothing is left behind.
 
     Raises:
-        OSError: there is a device or a pipe, which root would replace: /dev/null say.
+        OSError: it cannot be written, or there is a device or a pipe, which root would replace: /dev/null say.
     """
     place = path.resolve()
     if place.exists() and not (place.is_file() or place.is_dir()):
         raise OSError(errno.EINVAL, "it is no file", str(path))
-    return place
+    temporary = place.with_name(f".{place.name}.{os.getpid()}")
+    try:
+        yield temporary
+        flush(temporary)
+        temporary.replace(place)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class WriteBehind:
@@ -69,20 +80,14 @@ class WriteBehind:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file beside its place and move it there, so that no reader and no crash sees a part of it.
+    """Write a text as a `whole_file`, with the folder that it is in.
 
     Raises:
-        UserError: the folder cannot be written; caused by the OSError.
+        UserError: it cannot be written; caused by the OSError.
     """
     try:
-        place = place_of(path)
-        temporary = place.with_name(f".{place.name}.{os.getpid()}")
-        place.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        path.resolve().parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
-            flush(temporary)
-            temporary.replace(place)
-        finally:
-            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from error

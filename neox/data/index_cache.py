@@ -7,17 +7,16 @@ they are.
 
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from neox.data.packing import IndexMaps
 from neox.data.stored import stored_npy
+from neox.files import whole_file
 from neox.patience import IMPATIENT, Patience
 
 log = logging.getLogger(__name__)
@@ -124,18 +123,7 @@ def _store(stem: str, fingerprint: Mapping[str, Any], maps: IndexMaps) -> None:
     """Write the arrays, then the fingerprint that makes them valid; each appears whole or not at all."""
     _fingerprint_path(stem).unlink(missing_ok=True)
     for field, path in _paths(stem).items():
-        _write_whole(path, partial(np.save, arr=getattr(maps, field)))
-    text = json.dumps(fingerprint, indent=1)
-    _write_whole(_fingerprint_path(stem), lambda file: file.write(text.encode()))
-
-
-def _write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+        with whole_file(path) as part, part.open("wb") as file:
+            np.save(file, getattr(maps, field))
+    with whole_file(_fingerprint_path(stem)) as part:
+        part.write_text(json.dumps(fingerprint, indent=1), encoding="utf-8")

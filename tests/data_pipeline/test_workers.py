@@ -1,13 +1,12 @@
 """Processes that read ahead: they end with their rank, however it ends."""
 
-import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from processes import wait_until_gone
 
 RANK = """
 import multiprocessing
@@ -37,18 +36,4 @@ def test_a_worker_ends_when_its_rank_is_killed(tmp_path: Path, start_method: str
     assert done.stdout is not None
     worker = int(done.stdout.readline())
     done.wait()
-    deadline = time.monotonic() + 60
-    while is_there(worker):
-        assert time.monotonic() < deadline, "the worker goes on without its rank"
-        time.sleep(0.1)
-
-
-def is_there(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    try:
-        return "\nState:\tZ" not in Path(f"/proc/{process}/status").read_text()
-    except OSError:
-        return False
+    wait_until_gone([worker], 60)

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from processes import wait_until_gone
 
 from neox.launch import endings
 from neox.launch.environment import detect, export
@@ -72,21 +73,6 @@ def wait_for(paths):
         assert time.monotonic() < deadline, f"none of {paths}"
         time.sleep(0.02)
     return [int(path.read_text()) for path in paths]
-
-
-def is_running(pid):
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state not in "ZX"
-
-
-def wait_until_gone(pids):
-    deadline = time.monotonic() + 240
-    while any(is_running(pid) for pid in pids):
-        assert time.monotonic() < deadline, f"still running: {[pid for pid in pids if is_running(pid)]}"
-        time.sleep(0.02)
 
 
 def test_every_rank_is_told_its_place(launch, tmp_path):

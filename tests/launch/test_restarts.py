@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launch.test_local import is_running
+from processes import is_running
 from training.layouts import ADAMW, MODEL, TRAINING
 
 from neox.config import Config, config_from_dict

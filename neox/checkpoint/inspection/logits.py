@@ -12,7 +12,7 @@ from neox.checkpoint.storage.progress import progress_bar
 from neox.checkpoint.weights import WeightReader, weight_source
 from neox.config import ModelConfig
 from neox.errors import CheckpointError, DataError
-from neox.files import place_of
+from neox.files import whole_file
 from neox.model.build import build_layer
 from neox.model.layers import layer_list
 
@@ -131,17 +131,10 @@ def write_logits(path: Path, logits: Iterator[torch.Tensor], shape: tuple[int, i
         CheckpointError: it cannot be written.
     """
     try:
-        place = place_of(path)
-        temporary = place.with_name(f".{place.name}.incomplete")
-        file = temporary.open("wb")
-        try:
-            with file:
-                header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(file, header)
-                for part in logits:
-                    file.write(part.contiguous().numpy().astype("<f4", copy=False).data)
-            temporary.replace(place)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with whole_file(path) as temporary, temporary.open("wb") as file:
+            header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for part in logits:
+                file.write(part.contiguous().numpy().astype("<f4", copy=False).data)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written ({error.strerror}); choose another place") from None

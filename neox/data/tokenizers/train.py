@@ -1,6 +1,5 @@
 """Training a byte-level BPE tokenizer."""
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from neox.data.documents import document_text, read_documents
 from neox.data.tokenizers.base import END_OF_DOCUMENT, PADDING
 from neox.errors import DataError
+from neox.files import whole_file
 
 SPECIAL_TOKENS = (END_OF_DOCUMENT, PADDING)  # tokens 0 and 1
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)  # every byte must have a token
@@ -61,6 +61,5 @@ def save_tokenizer(tokenizer: tokenizers.Tokenizer, path: str | Path) -> None:
     """Write a tokenizer as one JSON file, whole or not at all."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
-    tokenizer.save(str(part), pretty=False)
-    part.replace(target)
+    with whole_file(target) as part:
+        tokenizer.save(str(part), pretty=False)
