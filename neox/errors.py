@@ -61,6 +61,12 @@ class LaunchError(UserError):
     """Processes that cannot be started or cannot find each other."""
 
 
+class OutputError(UserError):
+    """Standard output that takes no more: a full disk behind it, say. Nobody's mistake."""
+
+    exit_status = 1
+
+
 class AbsentError(LaunchError):
     """Processes that did not come where all were to meet. One may be lost, which is no mistake: start again."""
 

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
+from tempfile import TemporaryFile
 
 from neox.errors import UserError
 from neox.pulse import pulse
@@ -85,9 +86,35 @@ def write_whole(path: Path, text: str) -> None:
     Raises:
         UserError: it cannot be written; caused by the OSError.
     """
-    try:
+    with _unwritable_named(path):
         path.resolve().parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
+
+
+def require_place(path: Path) -> None:
+    """See that `write_whole` can write a file, before the work that it is to hold; makes the folder that it is in.
+
+    Raises:
+        UserError: it cannot; caused by the OSError.
+    """
+    with _unwritable_named(path):
+        path.resolve().parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "it is no file", str(path))
+        with TemporaryFile(dir=path.resolve().parent):
+            pass
+
+
+@contextmanager
+def _unwritable_named(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+        raise UserError(f"{path}: cannot be written ({why_unwritable(error)}); choose another place") from error
+
+
+def why_unwritable(error: OSError) -> str:
+    """Why a file cannot be written; of what is said of its folder, what that means."""
+    is_below_file = isinstance(error, FileExistsError | NotADirectoryError)
+    return "a file stands where its folder should be" if is_below_file else error.strerror or str(error)

@@ -16,7 +16,10 @@ log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-_MISTAKES = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
+_MISTAKES = (
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ELOOP, errno.ENAMETOOLONG),
+)
 
 FIRST_PAUSE = 1.0
 LONGEST_PAUSE = 30.0

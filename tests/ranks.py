@@ -68,8 +68,8 @@ def kill_ranks_when(
 
 
 def _start(function: Callable[..., Any], world_size: int, args: tuple[Any, ...], folder: str) -> list[BaseProcess]:
-    port = free_port()
-    return [fork(_rank_main, function, args, rank, world_size, port, folder) for rank in range(world_size)]
+    variables = [rank_variables(rank, world_size, port) for port in [free_port()] for rank in range(world_size)]
+    return [fork(_rank_main, function, args, place | {"PATH": os.environ["PATH"]}, folder) for place in variables]
 
 
 def fork(function: Callable[..., None], *args: Any) -> BaseProcess:
@@ -146,10 +146,9 @@ def wait_for(processes: list[BaseProcess], timeout: float) -> None:
             deadline = min(deadline, time.monotonic() + SECONDS_FOR_PEERS)
 
 
-def _rank_main(
-    function: Callable[..., Any], args: tuple[Any, ...], rank: int, world_size: int, port: int, folder: str
-) -> None:
-    os.environ.update(rank_variables(rank, world_size, port), OMP_NUM_THREADS="1")
+def _rank_main(function: Callable[..., Any], args: tuple[Any, ...], variables: dict[str, str], folder: str) -> None:
+    os.environ.update(variables, OMP_NUM_THREADS="1")
+    rank, world_size = int(variables["RANK"]), int(variables["WORLD_SIZE"])
     output = Path(folder) / f"{rank}.pickle"
     try:
         outcome = ("ok", function(*args))

@@ -13,12 +13,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from neox.launch.arguments import Parser
 from neox.launch.main import script_main
 
 
 def main(arguments: list[str]) -> None:
     """Read the command line and do it all."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("quickstart_run"), help="folder to make")
     parser.add_argument(
         "--config", type=Path, metavar="YML", help="model and training; default: configs/quickstart.yml"

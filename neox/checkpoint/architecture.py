@@ -50,10 +50,17 @@ def resolved(reader: WeightReader, keys: Mapping[str, Any]) -> Config:
         )
     counted = {"num_layers": blocks_of(reader), "train_micro_batch_size_per_gpu": 1}
     try:
-        return config_from_dict({**counted, **keys, "padded_vocab_size": reader.padded_vocab_size}, world_size=None)
+        found = config_from_dict({**counted, **keys, "padded_vocab_size": reader.padded_vocab_size}, world_size=None)
     except ConfigError as error:
         problems = "; ".join(str(error).splitlines())
         raise CheckpointError(f"{reader.folder}: no model can be built from its configuration: {problems}") from None
+    heads = [name for name in reader.names() if name.endswith(".final_linear.weight")]
+    if heads and not found.model.no_weight_tying:
+        raise CheckpointError(
+            f"{reader.folder}: holds {heads[0]}, and its configuration ties the head to the embedding; "
+            "set no_weight_tying to true there if the head is the model's"
+        )
+    return found
 
 
 def saved_keys(reader: WeightReader) -> dict[str, Any]:

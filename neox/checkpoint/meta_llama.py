@@ -9,13 +9,13 @@ Differs from the format of Hugging Face, from whose table of Llama the rest is t
 Source: github.com/meta-llama/llama-models, models/llama3/model.py and args.py.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from neox.checkpoint.huggingface.files import read_json
 from neox.checkpoint.huggingface.layouts import SeparateQKV
 from neox.checkpoint.huggingface.llama import LLAMA
 from neox.checkpoint.storage.torch_file import TorchFile
@@ -44,6 +44,8 @@ _NAMES = {
 _ROTATED = (".wq.weight", ".wk.weight")
 _COLUMNS = (*_ROTATED, ".wv.weight", ".w1.weight", ".w3.weight")
 _ROWS = (".wo.weight", ".w2.weight")
+_COMPUTED = ("rope.freqs",)
+"""What follows from params.json."""
 _DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 
@@ -79,6 +81,7 @@ class MetaLlamaReader:
             raise CheckpointError(f"{folder / PARAMS}: no model can be built from it: {problems}") from None
         self.model_config = config.model
         self._tensors: dict[str, LogicalTensor] = weight_map(config.model)
+        self._check_known()
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -144,6 +147,19 @@ class MetaLlamaReader:
                 f"{self.folder}: its {len(self._files)} files have {rows} rows of queries, {PARAMS} says {wanted}; "
                 "copy the whole folder"
             )
+
+    def _check_known(self) -> None:
+        """Refuse tensors that the model does not have, it would compute something else, and files that disagree."""
+        known = {_meta_name(each) for name in self._tensors for each in LLAMA.locate(name, self.model_config)[0]}
+        for file in self._files:
+            for name in file:
+                if name not in known and name not in _COMPUTED:
+                    raise CheckpointError(f"{self.folder}: holds {name}, which a Llama of its {PARAMS} does not have")
+        for name in known if len(self._files) > 1 else ():
+            if self._dimension(name) is None:
+                first, *others = (part.read() for part in self._parts(name))
+                if not all(torch.equal(first, other) for other in others):
+                    raise CheckpointError(f"{self.folder}: its files differ in {name}, so they are not of one model")
 
     def _shape(self, name: str) -> tuple[int, ...]:
         """Whole shape of a tensor by its name in the files."""
@@ -234,15 +250,12 @@ def _shards(folder: Path) -> dict[int, Path]:
 
 
 def _read_params(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except OSError:
-        raise CheckpointError(f"{path}: no such file; give the folder of one model of Meta's") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}); copy it again") from None
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; give the folder of one model of Meta's")
+    content = read_json(path)
     missing = [name for name in ("dim", "n_layers", "n_heads") if not isinstance(content.get(name), int)]
     if missing:
         raise CheckpointError(f"{path}: has no {missing[0]}, so it is no Llama of Meta's")
     if content.get("moe_args") or "vision_chunk_size" in content:
         raise CheckpointError(f"{path}: describes experts or a vision model; only dense text models can be read")
-    return dict(content)
+    return content

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from neox.checkpoint.huggingface import HuggingFaceReader, is_huggingface
+from neox.checkpoint.huggingface.files import weights_in
 from neox.checkpoint.meta_llama import MetaLlamaReader, is_meta_llama
 from neox.checkpoint.native.manifest import MANIFEST, checkpoint_folder, is_native
 from neox.checkpoint.native.store import NativeReader
@@ -30,6 +31,7 @@ def open_checkpoint(
         CheckpointError: there is nothing that can be read; says what was found.
     """
     folder = locate_checkpoint(path, iteration)
+    _check_one_format(folder)
     if is_native(folder):
         return NativeReader(folder)
     if is_upstream(folder):
@@ -61,6 +63,21 @@ def locate_checkpoint(path: Path, iteration: int | None = None) -> Path:
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder itself is a checkpoint of a known format."""
     return is_native(folder) or is_upstream(folder) or is_huggingface(folder) or is_meta_llama(folder)
+
+
+def _check_one_format(folder: Path) -> None:
+    """Refuse a folder with the weights of two formats: nothing says which of them is the model."""
+    found = {
+        "this project's": is_native(folder),
+        "GPT-NeoX's": is_upstream(folder),
+        "Meta's": is_meta_llama(folder),
+        "Hugging Face's": is_huggingface(folder) and bool(weights_in(folder)),
+    }
+    formats = [name for name, is_there in found.items() if is_there]
+    if len(formats) > 1:
+        raise CheckpointError(
+            f"{folder}: holds weights in {' and '.join(formats)} format; give each a folder of its own"
+        )
 
 
 def _contents(folder: Path) -> str:

@@ -1,21 +1,23 @@
 """A tokenizer in the files that `transformers` opens."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, pre_tokenizers
 
 from neox.config import TokenizerConfig
 from neox.data.tokenizers import build_tokenizer
 from neox.data.tokenizers.base import END_OF_DOCUMENT, PADDING
+from neox.data.tokenizers.beside import TOKENIZER_CONFIG, tokens_in
+from neox.data.tokenizers.fast import gpt2_model, hf_tokenizer
 from neox.errors import CheckpointError
 
 FILES = (
     "tokenizer.json",
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
@@ -31,10 +33,12 @@ class ExportedTokenizer:
     Attributes:
         files: name -> text.
         token_ids: `bos_token_id`, `eos_token_id` and, where there is one, `pad_token_id`.
+        ends: every token that ends a text, `eos_token_id` first; empty where that is the only one known.
     """
 
     files: dict[str, str]
     token_ids: dict[str, int | None]
+    ends: tuple[int, ...] = ()
 
 
 def export_tokenizer(
@@ -58,8 +62,8 @@ def export_tokenizer(
     """
     if from_huggingface or _is_copy(options):
         return _copied(options, pad_token_id=pad_token_id)
-    ids = token_ids(options, pad_token_id=pad_token_id)
-    text = _tokenizer_json(options)
+    tokens = special_tokens(options, pad_token_id=pad_token_id)
+    ids, text = tokens.token_ids, _tokenizer_json(options)
     vocabulary = tokenizers.Tokenizer.from_str(text)
     special = {added.content for added in vocabulary.get_added_tokens_decoder().values() if added.special}
     beginning = next((token for token in BEGINNINGS if token in special), None)
@@ -74,31 +78,36 @@ def export_tokenizer(
         "model_max_length": model_max_length,
         **named,
     }
-    return ExportedTokenizer({"tokenizer.json": text, "tokenizer_config.json": json.dumps(settings, indent=2)}, ids)
+    return replace(tokens, files={"tokenizer.json": text, TOKENIZER_CONFIG: json.dumps(settings, indent=2)})
 
 
-def token_ids(options: TokenizerConfig, *, pad_token_id: int | None = None) -> dict[str, int | None]:
-    """Special tokens of a run: documents end, and so begin, with its end-of-document token.
+def special_tokens(options: TokenizerConfig, *, pad_token_id: int | None = None) -> ExportedTokenizer:
+    """Special tokens of a run without the files: documents end, and so begin, with its end-of-document token.
+
+    Those of a tokenizer that transformers wrote are what its files say.
 
     Raises:
-        UserError: a file of the tokenizer is missing.
+        UserError: a file of the tokenizer is missing, or it has no token that ends a document.
     """
+    if _is_copy(options):
+        return replace(_copied(options, pad_token_id=pad_token_id), files={})
     tokenizer = build_tokenizer(options)
     pad = tokenizer.pad if pad_token_id is None and tokenizer.pad != tokenizer.eod else pad_token_id
     ids: dict[str, int | None] = {"bos_token_id": tokenizer.eod, "eos_token_id": tokenizer.eod}
-    return ids | ({} if pad is None else {"pad_token_id": pad})
+    ends = tuple(dict.fromkeys((tokenizer.eod, *tokenizer.ends)))
+    return ExportedTokenizer({}, ids | ({} if pad is None else {"pad_token_id": pad}), ends)
 
 
 def _is_copy(options: TokenizerConfig) -> bool:
     path = Path(options.vocab_file or "")
-    beside = path.with_name("tokenizer_config.json") if path.name == "tokenizer.json" else None
+    beside = path.with_name(TOKENIZER_CONFIG) if path.name == "tokenizer.json" else None
     return options.tokenizer_type == "HFTokenizer" and beside is not None and beside.is_file()
 
 
 def _tokenizer_json(options: TokenizerConfig) -> str:
     match options.tokenizer_type, options.vocab_file, options.merge_file:
         case "HFTokenizer", str(path), _:
-            return Path(path).read_text(encoding="utf-8")
+            return Path(path).read_text(encoding="utf-8-sig")
         case "GPT2BPETokenizer", str(path), str(merges):
             return _gpt2_json(path, merges)
     raise CheckpointError(
@@ -108,7 +117,7 @@ def _tokenizer_json(options: TokenizerConfig) -> str:
 
 def _gpt2_json(vocab_file: str, merge_file: str) -> str:
     """GPT-2's byte-level BPE as one JSON, tokenizing as `neox.data` does."""
-    backend = tokenizers.Tokenizer(models.BPE.from_file(vocab_file, merge_file))
+    backend = tokenizers.Tokenizer(gpt2_model(Path(vocab_file), Path(merge_file))[0])
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([t for t in (END_OF_DOCUMENT, PADDING) if backend.token_to_id(t) is not None])
@@ -120,21 +129,10 @@ def _copied(options: TokenizerConfig, *, pad_token_id: int | None) -> ExportedTo
     folder = path if path.is_dir() else path.parent
     if not (folder / "tokenizer.json").is_file():
         raise CheckpointError(f"vocab_file: {folder} has no tokenizer.json; name a folder that transformers saved")
-    files = {name: (folder / name).read_text(encoding="utf-8") for name in FILES if (folder / name).is_file()}
+    files = {name: (folder / name).read_text(encoding="utf-8-sig") for name in FILES if (folder / name).is_file()}
     vocabulary = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
-    settings = json.loads(files.get("special_tokens_map.json", "{}")) | json.loads(files.get(FILES[1], "{}"))
-    ids = {f"{key}_id": _token_id(vocabulary, settings.get(key)) for key in ("bos_token", "eos_token", "pad_token")}
-    if ids["eos_token_id"] is None:
-        file = options.model_copy(
-            update={"tokenizer_type": "HFTokenizer", "vocab_file": str(folder / "tokenizer.json")}
-        )
-        ids["eos_token_id"] = build_tokenizer(file).eod
-    if pad_token_id is not None:
-        ids["pad_token_id"] = pad_token_id
-    return ExportedTokenizer(files, ids)
-
-
-def _token_id(vocabulary: tokenizers.Tokenizer, token: Any) -> int | None:
-    """Id of a special token, which settings spell as text or as {"content": text}."""
-    text = token.get("content") if isinstance(token, dict) else token
-    return None if text is None else vocabulary.token_to_id(text)
+    named = tokens_in(folder, vocabulary.token_to_id)
+    ends = hf_tokenizer(folder / "tokenizer.json").ends
+    ids: dict[str, int | None] = {"bos_token_id": named.bos, "eos_token_id": ends[0] if ends else None}
+    pad = named.pad if pad_token_id is None else pad_token_id
+    return ExportedTokenizer(files, ids | {"pad_token_id": pad}, ends)

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from neox import results
 from neox.config import (
     Config,
     deepspeed_dict,
@@ -26,6 +27,7 @@ from neox.config import (
 )
 from neox.config.layouts import markdown
 from neox.errors import ConfigError, UserError
+from neox.results import EXIT_BROKEN_PIPE, HelpParser, print_result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,9 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run: Callable[[argparse.Namespace], None] = options.run
         run(options)
+        results.finish()
     except UserError as error:
         print(error, file=sys.stderr)
-        return 2
+        return error.exit_status
+    except BrokenPipeError:
+        results.drop()  # the reader, `head` say, has seen enough
+        return EXIT_BROKEN_PIPE
     return 0
 
 
@@ -67,8 +73,8 @@ def _check(options: argparse.Namespace) -> None:
     if config.parallel.world_size is not None and config.batch.train_batch_size:
         deepspeed_dict(config)
     for notice in config.notices:
-        print(notice)
-    print(f"valid: {', '.join(map(str, _paths(options)))}")
+        print_result(notice)
+    print_result(f"valid: {', '.join(map(str, _paths(options)))}")
 
 
 def _show(options: argparse.Namespace) -> None:
@@ -76,34 +82,34 @@ def _show(options: argparse.Namespace) -> None:
     for notice in config.notices:
         print(notice, file=sys.stderr)
     if options.yaml:
-        print(show.as_yaml(config, only_given=options.given), end="")
+        print_result(show.as_yaml(config, only_given=options.given), end="")
         return
     rows = show.rows(config, only_given=options.given)
-    print(show.as_json(rows) if options.json else show.table(rows), end="")
+    print_result(show.as_json(rows) if options.json else show.table(rows), end="")
 
 
 def _schedule(options: argparse.Namespace) -> None:
     config = _load(options)
-    print(schedule_plot.draw(config), end="")
+    print_result(schedule_plot.draw(config), end="")
     if options.png is not None:
         schedule_plot.save_png(config, options.png)
-        print(f"written: {options.png}")
+        print_result(f"written: {options.png}")
 
 
 def _docs(options: argparse.Namespace) -> None:
     for path, text in reference.pages().items():
         name = path.relative_to(reference.ROOT)
         if path.is_file() and path.read_text(encoding="utf-8") == text:
-            print(f"{name}: up to date")
+            print_result(f"{name}: up to date")
         elif options.check:
             raise ConfigError(f"{name}: stale; run make docs")
         else:
             path.write_text(text, encoding="utf-8")
-            print(f"{name}: rewritten")
+            print_result(f"{name}: rewritten")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = HelpParser(
         prog="python -m neox.config", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
@@ -121,9 +127,9 @@ def _parser() -> argparse.ArgumentParser:
     docs.add_argument("--check", action="store_true", help="fail when a page is stale, and write nothing")
     docs.set_defaults(run=_docs)
     schema = commands.add_parser("schema", help="print the JSON Schema of a configuration file")
-    schema.set_defaults(run=lambda options: print(json_schema.text(), end=""))
+    schema.set_defaults(run=lambda options: print_result(json_schema.text(), end=""))
     layouts = commands.add_parser("layouts", help="print the table of legal layouts as markdown")
-    layouts.set_defaults(run=lambda options: print(markdown(), end=""))
+    layouts.set_defaults(run=lambda options: print_result(markdown(), end=""))
     return parser
 
 
@@ -138,4 +144,5 @@ def _add_files(command: argparse.ArgumentParser, run: Callable[[argparse.Namespa
 
 
 if __name__ == "__main__":
+    results.claim()
     sys.exit(main())

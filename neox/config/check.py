@@ -1,7 +1,7 @@
 """Checks of single keys: is it known, may it be set, has its value the right type."""
 
 import re
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
 
@@ -44,6 +44,9 @@ _EXPECTED = {
     "tuple_type": "a list",
     "finite_number": "a finite number",
 }
+_MAY_BE_EMPTY = {"zero_optimization.offload_optimizer", "zero_optimization.offload_param"}
+"""Sections inside others that DeepSpeed takes to ask for nothing when they are empty; its zenflow is none of them."""
+
 _NUMERIC = ("int_type", "int_from_float", "float_type")
 _BOUND = {
     "greater_than": ("gt", "more than"),
@@ -62,14 +65,51 @@ def drop_unset(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def check_names(values: dict[str, Any], problems: Problems) -> None:
+    """Refuse unknown keys, whatever their value: null may be one that nobody will ever read either."""
+    for name in values:
+        if name not in known_keys():
+            problems.add(name, f"unknown key{_suggestion(name)}")
+
+
+def drop_empty(values: dict[str, Any], problems: Problems) -> list[str]:
+    """Leave out empty sections, which ask for nothing, in DeepSpeed too; return a notice for each.
+
+    Those of keys that no section reads count as inactive by themselves.
+    """
+    notices = []
+    for path in _MAY_BE_EMPTY | _mappings():
+        *above, last = path.split(".")
+        within = _dig(values, above[0]) if above else values
+        if isinstance(within, dict) and within.get(last) == {}:
+            del within[last]
+            notices.append(f"{_with_place(path, problems)}: empty, the same as absent")
+    return sorted(notices)
+
+
+def _mappings() -> set[str]:
+    """Top-level keys whose value is a mapping."""
+    found = {place.key.partition(".")[0] for _, place in fields_with_keys() if "." in place.key}
+    return found | {
+        place.key for _, place in fields_with_keys() if any(get_origin(kind) is dict for kind in _kinds(place))
+    }
+
+
+def _kinds(place: Place) -> tuple[Any, ...]:
+    return get_args(place.info.annotation) or (place.info.annotation,)
+
+
+def _with_place(path: str, problems: Problems) -> str:
+    place = problems.place(path)
+    return f"{place}: {path}" if place else path
+
+
 def check_other_keys(values: dict[str, Any], problems: Problems) -> list[str]:
     """Check the keys that no section reads; return the notices they cause."""
     notices = []
     for name, value in values.items():
         if name in other_keys():
             notices.extend(_check_other(other_keys()[name], value, values, problems))
-        elif name not in known_keys():
-            problems.add(name, f"unknown key{_suggestion(name)}")
     # That the key they mean is missing is no second mistake.
     problems.wrong |= {meant for name, meant in _OFTEN_MEANT.items() if name in values and meant not in values}
     return notices
@@ -97,8 +137,7 @@ def _check_other(key: Key, value: Any, values: dict[str, Any], problems: Problem
     wrong = mismatch(value, key.kind)
     if wrong:
         problems.add(key.name, wrong)
-    place = problems.place(key.name)
-    where = f"{place}: {key.name}" if place else key.name
+    where = _with_place(key.name, problems)
     if key.status is Status.DEAD:
         return [f"{where} has no effect: it is not used"]
     return [] if inactive else [f"{where} has no effect here: results are the same without it"]
@@ -178,7 +217,10 @@ def _explain(detail: dict[str, Any], place: Place, whole: Any) -> str:
         return "required but not set; add it to a configuration file"
     if kind in _BOUND:
         name, words = _BOUND[kind]
-        return f"expected {words} {context[name]:g}, got {value!r}"
+        bound = context[name]
+        return f"expected {words} {bound if isinstance(bound, int) else format(bound, 'g')}, got {value!r}"
+    if kind == "unmeant":
+        return str(context["wrong"])
     if kind == "literal_error":
         retired = place.extra["retired"].get(str(value).lower())
         if retired:

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from neox.config.check import check_other_keys, drop_unset, hollow, read_sections
+from neox.config.check import check_names, check_other_keys, drop_empty, drop_unset, hollow, read_sections
 from neox.config.data import DataConfig, TokenizerConfig
 from neox.config.deepspeed import DeepSpeedConfig
 from neox.config.generation import EvaluationConfig, GenerationConfig
@@ -172,7 +172,8 @@ def _build(merged: Merged, *, world_size: int | None, read_model: ModelReader | 
         take_absent_keys(merged, loaded)
     problems = problems_of(merged)
     values = drop_unset(merged.values)
-    notices = [*merged.replaced, *check_other_keys(values, problems)]
+    check_names(merged.values, problems)
+    notices = [*merged.replaced, *drop_empty(values, problems), *check_other_keys(values, problems)]
     sections = read_sections(values, problems)
     resolved = _resolve(sections, world_size=world_size, problems=problems, notices=notices)
     if loaded is not None:
@@ -217,7 +218,7 @@ def _apply(resolved: dict[str, Section], rule: Callable[..., Section | None], *n
 def _resolve_layout(apply: Callable[..., None], world_size: int | None, problems: Problems, notices: list[str]) -> None:
     """Model, processes and batch."""
     apply(lambda deepspeed, model: resolve_amp(deepspeed, model, problems, notices), "deepspeed", "model")
-    apply(lambda deepspeed: resolve_deepspeed(deepspeed, problems, notices), "deepspeed")
+    apply(lambda deepspeed, model: resolve_deepspeed(deepspeed, model, problems, notices), "deepspeed", "model")
     apply(lambda model, deepspeed: resolve_model(model, deepspeed, problems, notices), "model", "deepspeed")
     apply(settle_types, "deepspeed", "model")
     apply(

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from neox.config.keys import Float, Floats, Int, Section, Strings, internal, setting
+from neox.config.keys import Float, Floats, Int, Section, Strings, Text, internal, setting
 
 SPLITS = ("train", "valid", "test")
 
@@ -10,7 +10,7 @@ SPLITS = ("train", "valid", "test")
 class DataConfig(Section):
     """Which indexed files are read, and how documents become samples."""
 
-    data_path: str | None = setting(
+    data_path: Text | None = setting(
         None,
         "Prefix of one indexed dataset, cut up by split.",
         rule="Not together with train_, valid_ and test_data_paths.",
@@ -72,13 +72,17 @@ class DataConfig(Section):
     )
     num_workers: Int = setting(2, "Loader processes of each process.", ge=0)
     use_shared_fs: bool = setting(True, "Sample maps are built once for all hosts, not once a host.")
-    eod_mask_loss: bool = setting(False, "Take no loss where the input is the end of a document.")
+    eod_mask_loss: bool = setting(
+        False,
+        "Take no loss where the input is the tokenizer's end-of-document token.",
+        rule="By that token wherever it stands: where it ends each turn of a conversation too, no loss follows a turn.",
+    )
     document_masking: bool = setting(
         False,
         "Keep the documents of a packed row apart: tokens attend within their own document only, and positions begin "
         "at 0 in each.",
-        rule="A document ends with the tokenizer's end-of-document token. The loss is not changed: set eod_mask_loss "
-        "too, so that no document is trained to predict the first token of the next one.",
+        rule="Documents are those of the index, whatever token they end with. The loss is not changed: set "
+        "eod_mask_loss too, so that no document is trained to predict the first token of the next one.",
     )
 
 
@@ -93,8 +97,8 @@ class TokenizerConfig(Section):
         "CharLevelTokenizer",
         "TiktokenTokenizer",
     ] = setting("GPT2BPETokenizer", "Kind of tokenizer.")
-    vocab_file: str | None = setting(None, "Vocabulary or tokenizer file.")
-    merge_file: str | None = setting(None, "Merges, for GPT2BPETokenizer.")
+    vocab_file: Text | None = setting(None, "Vocabulary or tokenizer file.")
+    merge_file: Text | None = setting(None, "Merges, for GPT2BPETokenizer.")
 
 
 OTHER_KEYS = (internal("tokenizer", str, "The tokenizer object.", instead="set tokenizer_type and vocab_file"),)

@@ -210,9 +210,15 @@ SECTIONS: MappingProxyType[str, dict[str, Any]] = MappingProxyType(
 """Keys of every section that is handed on, by its dotted place, with the types of their values."""
 
 ABOVE_ZERO = frozenset({"reduce_bucket_size", "loss_scale_window"})
+MOST: MappingProxyType[str, int] = MappingProxyType({"initial_scale_power": 127})  # 2**128 is infinite in fp32
 AT_MOST_ONE = frozenset({"ratio", "cpuadam_cores_perc"})
 ANY_SIGN = frozenset({"module_depth"})
 """Numbers inside the sections with bounds of their own; the others are at least 0."""
+
+RETIRED_OFFLOAD: MappingProxyType[str, str] = MappingProxyType(
+    {"offload_optimizer": "cpu_offload", "offload_param": "cpu_offload_param"}
+)
+"""Names inside zero_optimization that DeepSpeed has retired, still found in upstream's files."""
 
 EXTRA_KEYS = frozenset(
     [

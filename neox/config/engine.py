@@ -4,8 +4,9 @@ from copy import deepcopy
 from typing import Any
 
 from neox.config.config import Config
-from neox.config.deepspeed import LEFTOVERS
+from neox.config.deepspeed import LEFTOVERS, RETIRED_OFFLOAD
 from neox.config.problems import Problems
+from neox.config.resolve_deepspeed import offloads
 from neox.errors import ConfigError
 
 _PASSED_ON = ("flops_profiler", "tensorboard", "wandb", "csv_monitor")
@@ -56,10 +57,13 @@ def deepspeed_dict(config: Config) -> dict[str, Any]:
 def _zero(config: Config) -> dict[str, Any]:
     zero = deepcopy(config.deepspeed.zero_optimization or {})
     zero["stage"] = config.parallel.zero_stage
-    # Names that DeepSpeed has retired, still found in upstream's files.
-    for old, new in (("cpu_offload", "offload_optimizer"), ("cpu_offload_param", "offload_param")):
-        if zero.pop(old, False):
-            zero.setdefault(new, {"device": "cpu"})
+    for name, retired in RETIRED_OFFLOAD.items():
+        asked = offloads(zero.pop(retired, False))
+        section = zero.pop(name, None)
+        if offloads(section):
+            zero[name] = section
+        elif asked:
+            zero[name] = {"device": "cpu"}
     return zero
 
 

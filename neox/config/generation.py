@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from neox.config.keys import Float, Int, Key, Section, Strings, setting
+from neox.config.keys import Float, Int, Key, Section, Strings, Text, setting
 
 
 class GenerationConfig(Section):
@@ -23,11 +23,11 @@ class GenerationConfig(Section):
     return_logits: bool = setting(False, "Write the logits too.")
     maximum_tokens: Int = setting(64, "New tokens of one prompt.", gt=0)
     prompt_end: str = setting("\n", "What ends a prompt in an interactive session.")
-    sample_input_file: str | None = setting(None, "Prompts, one a line.", rule="For text_gen_type input-file.")
-    sample_output_file: str = setting("samples.txt", "JSON lines of the results.")
+    sample_input_file: Text | None = setting(None, "Prompts, one a line.", rule="For text_gen_type input-file.")
+    sample_output_file: Text = setting("samples.txt", "JSON lines of the results.")
     num_samples: Int = setting(1, "Number of unconditional samples.", gt=0, rule="For text_gen_type unconditional.")
     recompute: bool = setting(False, "Generate without a cache of keys and values.")
-    precompute_model_name: str | None = setting(
+    precompute_model_name: Text | None = setting(
         None,
         "Name of the model whose log-probabilities are written to, or read from, <data path>_<name>.",
         rule="Read by dpo and kto in place of a reference model.",

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 
 class Status(StrEnum):
@@ -151,9 +152,42 @@ def lower(value: Any) -> Any:
     return value.lower() if isinstance(value, str) else value
 
 
-Int = Annotated[int, BeforeValidator(whole_number)]
+def meant_text(value: Any) -> Any:
+    """Refuse text that somebody meant as no value, or as true or false, or as a folder that a shell would find.
+
+    `save: None` is text in YAML and would make a folder of that name; only null and ~ are no value there.
+    """
+    wrong = unmeant(value) if isinstance(value, str) else ""
+    if wrong:
+        raise PydanticCustomError("unmeant", "{wrong}", {"wrong": wrong})
+    return value
+
+
+def unmeant(text: str) -> str:
+    """Why text is no name and no path; empty where it may be one."""
+    word = text.strip().lower()
+    if word in ("", "none", "null", "~"):
+        return f"expected text, got {text!r}; write null for no value"
+    if word in ("true", "false"):
+        return f"expected text, got {text!r}"
+    if text.startswith("~/"):
+        return f"{text!r} begins with ~, which only a shell expands; write the whole path"
+    return f"{text!r} has a NUL character; remove it" if "\0" in text else ""
+
+
+def storable(value: int) -> int:
+    """Refuse a number that arrays and files cannot hold."""
+    if abs(value) >= 2**63:
+        raise PydanticCustomError("unmeant", "{wrong}", {"wrong": f"expected less than 2**63, got {value}"})
+    return value
+
+
+Int = Annotated[int, BeforeValidator(whole_number), AfterValidator(storable)]
 Float = Annotated[float, BeforeValidator(number), Field(allow_inf_nan=False)]
-Strings = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
+Text = Annotated[str, BeforeValidator(meant_text)]
+"""A name or a path."""
+
+Strings = Annotated[tuple[Text, ...], BeforeValidator(as_tuple)]
 Floats = Annotated[tuple[Float, ...], BeforeValidator(as_tuple)]
 Ints = Annotated[tuple[Int, ...], BeforeValidator(as_tuple)]
 Lower = BeforeValidator(lower)

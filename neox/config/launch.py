@@ -2,28 +2,27 @@
 
 from typing import Annotated, Literal
 
-from neox.config.keys import Int, Lower, Section, dead, internal, not_yet, setting
+from neox.config.keys import Int, Lower, Section, Text, dead, internal, not_yet, setting
 
 
 class LaunchConfig(Section):
     """Hosts and launchers."""
 
-    hostfile: str | None = setting(
+    hostfile: Text | None = setting(
         None,
         "File of lines `HOST slots=N`.",
-        rule="Read where train.py is started by hand; absent: $DLTS_HOSTFILE, or /job/hostfile if it exists. A file "
-        "that does not exist is announced and left out.",
+        rule="Read where train.py is started by hand; absent: $DLTS_HOSTFILE, or /job/hostfile if it exists.",
     )
-    include: str | None = setting(
+    include: Text | None = setting(
         None, "Hosts and slots to use, e.g. host1:0,1@host2.", rule="Needs a hostfile; not together with exclude."
     )
-    exclude: str | None = setting(
+    exclude: Text | None = setting(
         None, "Hosts and slots to leave out.", rule="Needs a hostfile; not together with include."
     )
     num_nodes: Int = setting(-1, "Number of hosts to use; -1 is all.", ge=-1, rule="The first hosts of the hostfile.")
     num_gpus: Int | None = setting(None, "Processes of each host; absent: all its devices.", gt=0)
     master_port: Int = setting(29500, "Port where processes meet.", gt=0, lt=65536)
-    master_addr: str | None = setting(None, "Address where processes meet.")
+    master_addr: Text | None = setting(None, "Address where processes meet.")
     launcher: Annotated[Literal["pdsh", "ssh", "openmpi", "mpich", "mvapich", "slurm"], Lower] = setting(
         "pdsh",
         "How processes are started on other hosts.",
@@ -31,8 +30,8 @@ class LaunchConfig(Section):
     )
     force_multi: bool = setting(False, "Use the launcher for a single host too.")
     no_ssh_check: bool = setting(False, "Do not ask every host over ssh beforehand.")
-    comment: str | None = setting(None, "Slurm's --comment.")
-    account: str | None = setting(None, "Slurm's --account.")
+    comment: Text | None = setting(None, "Slurm's --comment.")
+    account: Text | None = setting(None, "Slurm's --account.")
     deepspeed_slurm: bool = setting(
         False,
         "Start processes with srun; ranks are taken from Slurm in any case.",

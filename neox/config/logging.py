@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from neox.config.keys import Float, Int, Section, Strings, internal, setting
+from neox.config.keys import Float, Int, Section, Strings, Text, internal, setting
 
 
 class LoggingConfig(Section):
@@ -10,7 +10,7 @@ class LoggingConfig(Section):
 
     log_interval: Int = setting(100, "Iterations between reports.", gt=0)
     steps_per_print: Int = setting(10, "Iterations between DeepSpeed's own reports.", gt=0)
-    log_dir: str | None = setting(
+    log_dir: Text | None = setting(
         None,
         "Folder for <host>_stdout.txt and <host>_stderr.txt, copies of what workers print, and other logs.",
         rule="Absent: files of ranks go to the folder logs of save.",
@@ -32,7 +32,7 @@ class LoggingConfig(Section):
     gradient_noise_scale_n_batches: Int = setting(5, "Steps whose gradients make the large batch of an estimate.", ge=2)
     gradient_noise_scale_cpu_offload: bool = setting(False, "Keep the sum of those gradients on the CPU.")
     memory_profiling: bool = setting(False, "Record the allocations of CUDA memory, until profile_step_stop.")
-    memory_profiling_path: str | None = setting(None, "Folder for those records; absent: memory, beside the metrics.")
+    memory_profiling_path: Text | None = setting(None, "Folder for those records; absent: memory, beside the metrics.")
     profile: bool = setting(False, "Write a torch.profiler trace of some iterations.")
     profile_step_start: Int = setting(10, "First profiled iteration, counted from 1.", ge=1)
     profile_step_stop: Int = setting(
@@ -42,22 +42,22 @@ class LoggingConfig(Section):
         None, "Peak TFLOP/s of one device, for MFU and HFU; absent: known for common GPUs.", gt=0
     )
     wall_clock_breakdown: bool = setting(False, "Time the phases of a step.")
-    tensorboard_dir: str | None = setting(None, "Folder for TensorBoard.")
+    tensorboard_dir: Text | None = setting(None, "Folder for TensorBoard.")
     use_wandb: bool | None = setting(
         None,
         "Report to Weights & Biases; absent: when a key is found.",
         rule="Absent: on when WANDB_API_KEY, WANDB_LOCAL or a netrc entry for wandb_host is found.",
     )
-    wandb_group: str | None = setting(None, "Group of the run.")
-    wandb_run_name: str | None = setting(None, "Name of the run.")
-    wandb_team: str | None = setting(None, "Team that owns the run.")
-    wandb_project: str = setting("neox", "Project of the run.")
-    wandb_host: str = setting("https://api.wandb.ai", "Server of the run.")
+    wandb_group: Text | None = setting(None, "Group of the run.")
+    wandb_run_name: Text | None = setting(None, "Name of the run.")
+    wandb_team: Text | None = setting(None, "Team that owns the run.")
+    wandb_project: Text = setting("neox", "Project of the run.")
+    wandb_host: Text = setting("https://api.wandb.ai", "Server of the run.")
     wandb_init_all_ranks: bool = setting(False, "Make a run for each process, and not for the first alone.")
     use_comet: bool | None = setting(None, "Report to Comet.")
-    comet_workspace: str | None = setting(None, "Workspace of the experiment; absent: Comet's own configuration.")
-    comet_project: str | None = setting(None, "Project of the experiment; absent: Comet's own configuration.")
-    comet_experiment_name: str | None = setting(None, "Name of the experiment.")
+    comet_workspace: Text | None = setting(None, "Workspace of the experiment; absent: Comet's own configuration.")
+    comet_project: Text | None = setting(None, "Project of the experiment; absent: Comet's own configuration.")
+    comet_experiment_name: Text | None = setting(None, "Name of the experiment.")
     comet_tags: Strings | None = setting(None, "Tags of the experiment.")
     comet_others: dict[str, Any] | None = setting(None, "Further values recorded with the experiment.")
 

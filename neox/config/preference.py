@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from neox.config.keys import Float, Int, Ints, Key, Lower, Section, Strings, setting
+from neox.config.keys import Float, Int, Ints, Key, Lower, Section, Strings, Text, setting
 
 
 class PreferenceConfig(Section):
@@ -41,7 +41,7 @@ class PreferenceConfig(Section):
         False,
         "Baseline of a completion: the mean reward of the others of its prompt; else that of the last 100 prompts.",
     )
-    reference_load: str | None = setting(
+    reference_load: Text | None = setting(
         None,
         "Checkpoint of the frozen reference of dpo, kto and reinforce; absent: the weights the run began with.",
         rule="Kept in checkpoints, so that a resumed run has the same reference.",
@@ -110,7 +110,7 @@ class ComparisonConfig(Section):
     train_reward_data_paths: Strings | None = _reward_paths("train")
     valid_reward_data_paths: Strings | None = _reward_paths("valid")
     test_reward_data_paths: Strings | None = _reward_paths("test")
-    online_dataserver_ips: str | Strings = setting(
+    online_dataserver_ips: Text | Strings = setting(
         "localhost",
         "Hosts of the servers of completions.",
         rule="With dataset_impl online; data-parallel rank r asks server r, from the first again after the last.",

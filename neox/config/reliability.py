@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from neox.config.keys import Float, Int, Lower, Section, number, setting
+from neox.config.keys import Float, Int, Lower, Section, Text, number, setting
 
 _CLOCK = re.compile(r"(?:(\d+)-)?(\d+):([0-5]?\d):([0-5]?\d)")
 
@@ -45,7 +45,7 @@ class ReliabilityConfig(Section):
         gt=0,
         rule="The time of two steps and of a save, with async_save of two, is kept free before it.",
     )
-    stop_file: str | None = setting(
+    stop_file: Text | None = setting(
         None,
         "The run saves and ends when this file appears, and removes it; absent: the file STOP in the folder of save.",
         rule="One that is there before the run starts ends it before its first step.",

@@ -25,9 +25,8 @@ def check_training(config: Config) -> None:
         problems.add("train_batch_size", "training needs a batch; set it or train_micro_batch_size_per_gpu")
     tokenizer = config.tokenizer
     if tokenizer.tokenizer_type in _NEEDS_VOCABULARY and tokenizer.vocab_file is None:
-        looks_for_ends = next((key for key in ("eod_mask_loss", "document_masking") if getattr(config.data, key)), "")
-        if looks_for_ends:
-            problems.add("vocab_file", f"{looks_for_ends} needs it, for the end-of-document token; set it")
+        if config.data.eod_mask_loss:
+            problems.add("vocab_file", "eod_mask_loss needs it, for the end-of-document token; set it")
         elif config.model.padded_vocab_size is None and config.checkpoint.load is None:
             problems.add("vocab_file", f"{tokenizer.tokenizer_type} needs it; set it, or padded_vocab_size")
     problems.raise_any()

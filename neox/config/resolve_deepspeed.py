@@ -1,7 +1,7 @@
 """Rules of DeepSpeed's sections: names, types and bounds inside them, and what goes together."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 from neox.config.deepspeed import (
     ABOVE_ZERO,
@@ -9,11 +9,13 @@ from neox.config.deepspeed import (
     AT_MOST_ONE,
     EXTRA_KEYS,
     LEFTOVERS,
+    MOST,
     OWN_KEYS,
+    RETIRED_OFFLOAD,
     SECTIONS,
     DeepSpeedConfig,
 )
-from neox.config.keys import mismatch, number
+from neox.config.keys import mismatch, number, unmeant
 from neox.config.model import ModelConfig
 from neox.config.problems import Problems, did_you_mean
 
@@ -21,7 +23,9 @@ _MUST_SAY_ENABLED = ("fp16", "bf16", "flops_profiler")
 _SPELLINGS = {"fp16": ("fp16", "float16"), "bf16": ("bf16", "bfloat16")}
 
 
-def resolve_deepspeed(deepspeed: DeepSpeedConfig, problems: Problems, notices: list[str]) -> DeepSpeedConfig:
+def resolve_deepspeed(
+    deepspeed: DeepSpeedConfig, model: ModelConfig, problems: Problems, notices: list[str]
+) -> DeepSpeedConfig:
     """Check the sections, those of deepspeed_extra_args too, and announce what upstream's files carry for nothing."""
     for name in _MUST_SAY_ENABLED:
         section = getattr(deepspeed, name)
@@ -34,10 +38,34 @@ def resolve_deepspeed(deepspeed: DeepSpeedConfig, problems: Problems, notices: l
         for path, section in ((place, getattr(deepspeed, name)), (f"deepspeed_extra_args.{place}", extra.get(name))):
             inside = section.get(inner) if inner and isinstance(section, dict) else section
             _check_section(path, inside, kinds, problems)
+    deepspeed = _with_old_bf16(deepspeed, model, problems, notices)
     for name, spellings in _SPELLINGS.items():
         _check_leftovers(name, spellings, getattr(deepspeed, name) or {}, problems, notices)
     _check_zero_extensions(deepspeed, problems)
     return deepspeed
+
+
+def _with_old_bf16(
+    deepspeed: DeepSpeedConfig, model: ModelConfig, problems: Problems, notices: list[str]
+) -> DeepSpeedConfig:
+    """Read `fp16: {enabled: true, type: bfloat16}`, GPT-NeoX's spelling before it had a section bf16, as that."""
+    section, bf16 = deepspeed.fp16 or {}, deepspeed.bf16 or {}
+    if not section.get("enabled") or section.get("type") not in _SPELLINGS["bf16"]:
+        return deepspeed
+    against = ""
+    if "precision" in model.model_fields_set and model.precision != "bfloat16":
+        against = f"precision {model.precision!r}"
+    elif bf16.get("enabled") is False:
+        against = "bf16.enabled, which is false"
+    if against:
+        problems.add("fp16.type", f"{section['type']!r} contradicts {against}; remove one of them")
+        return deepspeed.model_copy(update={"fp16": None})
+    place = problems.place("fp16.type")
+    where = f"{place}: fp16.type" if place else "fp16.type"
+    notices.append(
+        f"{where}: runs in bfloat16, as bf16: {{enabled: true}} does; fp16 and its loss scale have no effect"
+    )
+    return deepspeed.model_copy(update={"fp16": None, "bf16": {**bf16, "enabled": True}})
 
 
 def _check_extra(extra: dict[str, Any], problems: Problems) -> None:
@@ -72,6 +100,7 @@ def _check_section(place: str, section: Any, kinds: dict[str, Any], problems: Pr
             problems.add(f"{place}.{key}", f"unknown key{did_you_mean(str(key), sorted(kinds)) or '; remove it'}")
         elif kinds[key] is not Any and value is not None:
             wrong = mismatch(value, kinds[key]) or _out_of_bounds(key, value, kinds[key])
+            wrong = wrong or (unmeant(value) if kinds[key] is str else "")
             if wrong:
                 problems.add(f"{place}.{key}", wrong)
 
@@ -82,6 +111,8 @@ def _out_of_bounds(key: str, value: Any, kind: Any) -> str:
     amount = number(value)
     if key in ABOVE_ZERO and not amount > 0:
         return f"expected more than 0, got {value!r}"
+    if key in MOST and not amount <= MOST[key]:
+        return f"expected at most {MOST[key]}, got {value!r}"
     if key in AT_MOST_ONE and not 0 <= amount <= 1:
         return f"expected 0 to 1, got {value!r}"
     return "" if amount >= 0 else f"expected at least 0, got {value!r}"
@@ -91,7 +122,7 @@ def _check_leftovers(
     name: str, spellings: tuple[str, ...], section: dict[str, Any], problems: Problems, notices: list[str]
 ) -> None:
     """Announce keys that DeepSpeed itself would refuse and upstream's files have all the same."""
-    if section.get("type", name) not in spellings:
+    if section.get("enabled") and section.get("type", name) not in spellings:
         problems.add(
             f"{name}.type",
             f"{section['type']!r} contradicts {name}, which is what runs; remove it or change the section",
@@ -112,7 +143,11 @@ def _check_zero_extensions(deepspeed: DeepSpeedConfig, problems: Problems) -> No
             stages = "stage 3" if least == 3 else "stage 1, 2 or 3"
             problems.add(f"zero_optimization.{key}", f"needs {stages}, got {stage!r}; set stage: {least}, or remove it")
     for key in ("offload_optimizer", "offload_param"):
-        section = zero.get(key)
+        section, retired = zero.get(key), RETIRED_OFFLOAD[key]
+        if isinstance(section, dict) and not offloads(section) and offloads(zero.get(retired)):
+            problems.add(
+                f"zero_optimization.{retired}", f"contradicts {key}, which offloads nothing; remove one of them"
+            )
         if not isinstance(section, dict) or section.get("device") != "nvme":
             continue
         place = f"zero_optimization.{key}"
@@ -137,3 +172,16 @@ def _least_stages(zero: dict[str, Any]) -> Iterator[tuple[str, int]]:
 def offloads(section: Any) -> bool:
     """Whether a value of offload_optimizer, offload_param, or of their retired spellings, asks for anything."""
     return section.get("device", "none") != "none" if isinstance(section, dict) else section is True
+
+
+def offload_device(deepspeed: DeepSpeedConfig, what: Literal["optimizer", "param"]) -> str:
+    """Where DeepSpeed keeps the optimizer's state or the parameters: cpu, nvme, or none for the device itself."""
+    for zero in (deepspeed.zero_optimization, (deepspeed.deepspeed_extra_args or {}).get("zero_optimization")):
+        if not isinstance(zero, dict):
+            continue
+        section = zero.get(f"offload_{what}")
+        if offloads(section):
+            return str(section["device"]) if isinstance(section, dict) else "cpu"
+        if offloads(zero.get(RETIRED_OFFLOAD[f"offload_{what}"])):
+            return "cpu"
+    return "none"

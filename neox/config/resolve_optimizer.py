@@ -8,6 +8,7 @@ from neox.config.keys import mismatch, number
 from neox.config.optimization import OptimizerConfig, ScheduleConfig
 from neox.config.parallel import ParallelConfig
 from neox.config.problems import Problems, did_you_mean
+from neox.config.resolve_deepspeed import offload_device
 from neox.config.resolve_scheduler import resolve_scheduler
 from neox.config.training import TrainingConfig
 
@@ -95,8 +96,7 @@ def _check_type(
 ) -> None:
     """Check what one kind of optimizer needs of the layout."""
     zero = deepspeed.zero_optimization or {}
-    section = zero.get("offload_optimizer")
-    offloads = bool(zero.get("cpu_offload")) or (isinstance(section, dict) and section.get("device") != "none")
+    offloads = offload_device(deepspeed, "optimizer") != "none"
     kind, stage = optimizer.type, parallel.zero_stage
     if kind in ("cpu_adam", "cpu_torch_adam") and not offloads:
         problems.add(

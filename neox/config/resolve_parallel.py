@@ -10,7 +10,7 @@ from neox.config.model import ModelConfig
 from neox.config.optimization import BatchConfig
 from neox.config.parallel import ParallelConfig
 from neox.config.problems import Problems
-from neox.config.resolve_deepspeed import offloads
+from neox.config.resolve_deepspeed import offload_device
 
 LAYER_CLASSES = ("Embedding", "TransformerBlock", "FinalNorm", "OutputHead")
 """What `type:` of pipe_partition_method is matched with."""
@@ -94,9 +94,8 @@ def _check_tied_ends(
     """
     if parallel.pipeline_stages < 2 or model.no_weight_tying or model.precision == "fp32":
         return
-    zero = deepspeed.zero_optimization or {}
     accumulates_in = (deepspeed.data_types or {}).get("grad_accum_dtype")
-    if model.precision == "bfloat16" and (offloads(zero.get("cpu_offload")) or offloads(zero.get("offload_optimizer"))):
+    if model.precision == "bfloat16" and offload_device(deepspeed, "optimizer") != "none":
         problems.add(
             "zero_optimization.offload_optimizer", "breaks a tied embedding in a bf16 pipeline; set no_weight_tying"
         )

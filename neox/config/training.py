@@ -9,6 +9,7 @@ from neox.config.keys import (
     Ints,
     Lower,
     Section,
+    Text,
     dead,
     internal,
     no_effect,
@@ -35,7 +36,7 @@ class TrainingConfig(Section):
     exit_interval: Int | None = setting(
         None, "Stop at the next multiple of this iteration.", gt=0, rule="A checkpoint is saved first."
     )
-    seed: Int = setting(1234, "Seed of weights, dropout and data order.", gt=0)
+    seed: Int = setting(1234, "Seed of weights, dropout and data order.", gt=0, lt=2**32)
     checkpoint_activations: bool = setting(False, "Recompute activations in the backward pass.")
     checkpoint_in_cpu: bool = setting(False, "Keep the inputs of recomputed segments in the host's memory.")
     checkpoint_num_layers: Int = setting(
@@ -59,10 +60,10 @@ class TrainingConfig(Section):
 class CheckpointConfig(Section):
     """What is saved when, and what is loaded."""
 
-    save: str | None = setting(
+    save: Text | None = setting(
         None, "Folder that checkpoints are written to.", rule="Needs checkpoint_factor or extra_save_iters."
     )
-    load: str | None = setting(
+    load: Text | None = setting(
         None,
         "Folder that a checkpoint is read from: a run to go on with, or weights (Hugging Face's too) to start from.",
         rule="Keys of the model that are absent are the checkpoint's; those given must agree with it.",
@@ -78,7 +79,7 @@ class CheckpointConfig(Section):
         rule="A whole number when checkpoint_scale is linear, above 1 when log.",
     )
     extra_save_iters: Ints = setting((), "Further iterations to save; 0 is before the first step.")
-    keep_last_n_checkpoints: Int | None = setting(None, "Delete all but the latest n.", gt=0)
+    keep_last_n_checkpoints: Int | None = setting(None, "Delete all but the last n that the run has written.", gt=0)
     no_save_optim: bool = setting(False, "Do not save the optimizer.")
     no_save_rng: bool = setting(False, "Do not save the state of random numbers.")
     no_load_optim: bool = setting(False, "Do not load the optimizer.")
@@ -89,7 +90,9 @@ class CheckpointConfig(Section):
         rule="Agreement is to 1e-4 in fp32, 5e-3 in fp16, 2e-2 in bfloat16; finetune does not compare.",
     )
     load_fallback: bool = setting(
-        False, "Where the checkpoint is damaged, load the newest whole one instead of stopping.", rule="Needs load."
+        False,
+        "Where the checkpoint is damaged, or latest is lost, load the newest whole one instead of stopping.",
+        rule="Needs load.",
     )
     async_save: bool = setting(
         False,
@@ -99,12 +102,12 @@ class CheckpointConfig(Section):
     save_hf: bool = setting(
         False, "Make every checkpoint a Hugging Face folder as well, in its subfolder hf, with its logits checked."
     )
-    s3_path: str | None = setting(
+    s3_path: Text | None = setting(
         None,
         "S3-compatible address, s3://bucket/prefix, that every host uploads its part of a checkpoint to.",
         rule="Needs save. AWS_ENDPOINT_URL names the server of a store that is not Amazon's.",
     )
-    s3_chunk_size: Int = setting(104857600, "Bytes of an uploaded part.", ge=5 * 2**20)
+    s3_chunk_size: Int = setting(104857600, "Bytes of an uploaded part.", ge=5 * 2**20, le=5 * 2**30)
     finetune: bool = setting(
         False,
         "Load the weights only, and start at iteration 0.",

@@ -1,7 +1,7 @@
 """From the configuration to the three datasets of a run."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ from neox.data.blending import (
     interleaved_order,
     normalized_weights,
     share_sizes,
-    split_boundaries,
+    split_documents,
     weights_by_num_documents,
 )
 from neox.data.completions import CompletionDataset, CompletionSource, completion_sources
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "valid", "test")
+NAMES = {"train": "training", "valid": "validation", "test": "test"}
 
 
 @dataclass(frozen=True)
@@ -100,13 +101,23 @@ def build_datasets(config: "Config", coordinator: Coordinator = SINGLE_PROCESS, 
         return DatasetSplits(**{name: _online(config, name, data_rank) for name in SPLITS})
     if not (config.data.data_path or config.data.train_data_paths or config.comparison.is_pairwise):
         raise DataError("no training data: set data_path, or train_data_paths, valid_data_paths and test_data_paths")
+    for line in without_documents(config):
+        log.info("%s", line)
     wanted = requested_samples(config)
     built = {name: _build_split(config, name, wanted[name], coordinator) for name in SPLITS}
     return DatasetSplits(**built)
 
 
+def _is_wanted(config: "Config", split: str) -> bool:
+    """Whether the run reads anything of a split."""
+    training = config.training
+    if not getattr(training, f"do_{split}"):
+        return False
+    return training.train_iters != 0 if split == "train" else training.eval_iters > 0
+
+
 def _online(config: "Config", split: str, data_rank: int) -> OnlineDataset | None:
-    if getattr(config.training, f"do_{split}") is False:
+    if not _is_wanted(config, split):
         return None
     servers, vocabulary = config.comparison.servers, config.model.padded_vocab_size
     assert vocabulary is not None, "the vocabulary is resolved before the data are read"
@@ -136,7 +147,7 @@ class _Source:
 def _build_split(
     config: "Config", split: str, num_samples: int | None, coordinator: Coordinator
 ) -> SampleSource | None:
-    if getattr(config.training, f"do_{split}") is False or num_samples == 0:
+    if not _is_wanted(config, split):
         return None
     sources = _sources(config, split)
     if not sources:
@@ -170,6 +181,7 @@ def _build_source(
         pack_impl=config.data.pack_impl,
         allow_chopped=config.data.allow_chopped,
         use_shared_fs=config.data.use_shared_fs,
+        numbers_documents=config.data.document_masking,
     )
     if isinstance(source, CompletionSource):
         assert num_samples is not None, "a pass over packed documents is what train_epochs means"
@@ -188,6 +200,25 @@ def _build_source(
     return dataset
 
 
+def without_documents(config: "Config") -> Iterator[str]:
+    """A line for each evaluation that `split` leaves without a document.
+
+    Raises:
+        DataError: training has none, or an evaluation that the configuration asks for by do_valid or do_test.
+    """
+    prefix = config.data.data_path
+    if prefix is None:
+        return  # the lists are all given
+    tokens = open_corpus(config, prefix, warmup=False)
+    for split, documents in zip(SPLITS, split_documents(config.data.split, len(tokens)), strict=True):
+        if documents or not _is_wanted(config, split):
+            continue
+        share = f"{prefix}: split {config.data.split} gives {NAMES[split]} 0 of {len(tokens)} documents"
+        if split == "train" or config.given.get(f"do_{split}"):
+            raise DataError(f"{share}; give it a larger share, or set do_{split}: false")
+        yield f"{share}, so there is no {NAMES[split]}"
+
+
 def _sources(config: "Config", split: str) -> Sequence[_Source | CompletionSource]:
     """Return the corpora of a split; empty if it has no documents."""
     data = config.data
@@ -196,9 +227,8 @@ def _sources(config: "Config", split: str) -> Sequence[_Source | CompletionSourc
     if not data.data_path:
         return _listed_sources(config, split)
     tokens = open_corpus(config, data.data_path)
-    bounds = split_boundaries(data.split, len(tokens))
-    start, stop = bounds[SPLITS.index(split)], bounds[SPLITS.index(split) + 1]
-    return [_Source(split, tokens, range(start, stop))] if stop > start else []
+    documents = split_documents(data.split, len(tokens))[SPLITS.index(split)]
+    return [_Source(split, tokens, documents)] if documents else []
 
 
 def _listed_sources(config: "Config", split: str) -> list[_Source]:
@@ -207,7 +237,7 @@ def _listed_sources(config: "Config", split: str) -> list[_Source]:
     sources = []
     for number, (path, label_path) in enumerate(zip(paths, label_paths, strict=True)):
         tokens = open_corpus(config, path)
-        labels = open_corpus(config, label_path) if label_path else None
+        labels = open_corpus(config, label_path, "labels") if label_path else None
         sources.append(_Source(f"{split}_{number}", tokens, range(len(tokens)), labels))
     return sources
 

@@ -215,9 +215,9 @@ def _opened(config: "Config", section: Any, which: str) -> Iterable[ScoredDocume
     found = [
         ScoredDocuments(
             open_one(path),
-            open_one(label),
-            open_one(reward) if reward else None,
-            open_one(f"{path}_{name}") if name else None,
+            open_one(label, "labels"),
+            open_one(reward, "numbers") if reward else None,
+            open_one(f"{path}_{name}", "numbers") if name else None,
         )
         for path, label, reward in zip(paths, labels, rewards, strict=True)
     ]

@@ -1,18 +1,15 @@
 """Reading documents from text and JSON-lines files, compressed or not."""
 
-import gzip
-import io
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
-from neox.data.packages import optional_package
+from neox.data.text_files import COMPRESSED, SurrogateFilter, text_lines, whole_text
+from neox.downloads import pointer_in_its_place
 from neox.errors import DataError
 
 SUFFIXES = (".jsonl", ".txt")
-COMPRESSED = ("", ".gz", ".zst")
 
 
 class Document(NamedTuple):
@@ -28,25 +25,50 @@ class Document(NamedTuple):
     line: int
     raw: str
 
+    @property
+    def place(self) -> str:
+        """Where it stands, for messages."""
+        return f"{self.path}:{self.line}" if self.line else self.path
+
+
+def input_paths(words: Sequence[str]) -> list[str]:
+    """Return the inputs of a command line: a comma separates two, unless it is in the name of a file."""
+    return [path for word in words for path in ([word] if Path(word).exists() else word.split(",")) if path]
+
+
+def require_distinct(keys: Sequence[str]) -> None:
+    """See that no field of JSON lines is named twice, as each is written to files of its own name.
+
+    Raises:
+        DataError: one is.
+    """
+    for number, key in enumerate(keys):
+        if key in keys[:number]:
+            raise DataError(f"--jsonl-keys: {key} is named twice; name each field once")
+
 
 def read_documents(inputs: Sequence[str | Path]) -> Iterator[Document]:
     """Return the documents of files in order, one at a time.
 
     A `.txt` file is one document; a `.jsonl` file has one on each line that is not blank; either may be
-    compressed (`.gz`, `.zst`). A folder stands for all such files in it, sorted by name.
+    compressed (`.gz`, `.zst`). A folder stands for all such files in it, sorted by name, but for hidden ones.
 
     Raises:
-        DataError: a missing file, a kind that is not known, or text that is not UTF-8.
+        DataError: a missing file, a kind that is not known, one that is damaged, or text that is not UTF-8.
     """
     for path in _expand(inputs):
-        try:
-            with _open_text(path) as file:
-                yield from _documents_of(path, file)
-        except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
-            raise DataError(f"{path}: cannot be read as UTF-8 text ({error}); convert or compress it again") from error
+        found = pointer_in_its_place(path)
+        if found:  # as text it would be a document
+            raise DataError(f"{path}: {found}")
+        if file_kind(path) == ".txt":
+            yield Document(str(path), 0, whole_text(path))
+            continue
+        for number, line in text_lines(path):
+            if line.strip():
+                yield Document(str(path), number, line)
 
 
-def document_fields(document: Document, keys: Sequence[str]) -> list[str]:
+def document_fields(document: Document, keys: Sequence[str], clean: SurrogateFilter) -> list[str]:
     """Return the named text fields of a document; a plain text file has one field, "text".
 
     Raises:
@@ -56,82 +78,85 @@ def document_fields(document: Document, keys: Sequence[str]) -> list[str]:
         if list(keys) != ["text"]:
             raise DataError(f"{document.path}: a plain text file has only the key 'text', not {', '.join(keys)}")
         return [document.raw]
-    record = document_record(document)
-    return [_field(document, record, key) for key in keys]
+    record = _record(document)
+    return clean([_field(document, record, key) for key in keys])
 
 
-def document_text(document: Document, key: str = "text") -> str:
+def document_text(document: Document, key: str, clean: SurrogateFilter) -> str:
     """Return one text field of a document, or all of a plain text file."""
-    return document.raw if document.line == 0 else document_fields(document, [key])[0]
+    return document.raw if document.line == 0 else document_fields(document, [key], clean)[0]
 
 
-def _expand(inputs: Sequence[str | Path]) -> list[Path]:
-    paths: list[Path] = []
-    for given in map(Path, inputs):
-        if given.is_dir():
-            found = sorted(path for path in given.iterdir() if _kind(path))
-            if not found:
-                raise DataError(f"{given}: no .jsonl or .txt files (plain, .gz or .zst) in this folder")
-            paths += found
-        elif not given.is_file():
-            raise DataError(f"{given}: no such file")
-        elif not _kind(given):
-            raise DataError(f"{given}: unknown kind of file; use .jsonl or .txt, plain, .gz or .zst")
-        else:
-            paths.append(given)
-    return paths
-
-
-def _kind(path: Path) -> str | None:
-    """Return ".jsonl" or ".txt", or None for any other file."""
-    for kind in SUFFIXES:
-        if path.name.endswith(tuple(kind + compressed for compressed in COMPRESSED)):
-            return kind
-    return None
-
-
-def _documents_of(path: Path, file: TextIO) -> Iterator[Document]:
-    if _kind(path) == ".txt":
-        yield Document(str(path), 0, file.read())
-        return
-    for number, line in enumerate(file, start=1):
-        if line.strip():
-            yield Document(str(path), number, line)
-
-
-@contextmanager
-def _open_text(path: Path) -> Iterator[TextIO]:
-    if path.suffix == ".zst":
-        zstandard = optional_package("zstandard", needed_by=f"{path}: reading .zst")
-        with path.open("rb") as raw:
-            plain = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-            yield io.TextIOWrapper(plain, encoding="utf-8", newline="\n")
-    elif path.suffix == ".gz":
-        with gzip.open(path, "rt", encoding="utf-8", newline="\n") as file:
-            yield file
-    else:
-        with path.open(encoding="utf-8", newline="\n") as file:
-            yield file
-
-
-def document_record(document: Document) -> dict[str, Any]:
+def document_record(document: Document, clean: SurrogateFilter) -> dict[str, Any]:
     """Return the JSON object on the line of a document.
 
     Raises:
         DataError: there is none.
     """
-    where = f"{document.path}:{document.line}"
+    try:
+        return clean(_record(document))
+    except RecursionError:
+        raise _invalid(document, "nested too deeply") from None
+
+
+def file_kind(path: Path) -> str | None:
+    """Return ".jsonl" or ".txt", or None for any other file."""
+    for kind in SUFFIXES:
+        if path.name.endswith(tuple(kind + compressed for compressed in ("", *COMPRESSED))):
+            return kind
+    return None
+
+
+def _expand(inputs: Sequence[str | Path]) -> list[Path]:
+    paths: list[Path] = []
+    for given in map(Path, inputs):
+        try:
+            paths += _files_of(given)
+        except OSError as error:
+            raise DataError(f"{given}: cannot be read ({error.strerror})") from None
+    return paths
+
+
+def _files_of(given: Path) -> list[Path]:
+    if given.is_dir():
+        found = sorted(path for path in given.iterdir() if _is_input(path))
+        if not found:
+            raise DataError(f"{given}: no .jsonl or .txt files (plain, .gz or .zst), but for hidden ones, in this folder")
+        return found
+    if not given.is_file():
+        raise DataError(f"{given}: no such file")
+    if not file_kind(given):
+        raise DataError(f"{given}: unknown kind of file; use .jsonl or .txt, plain, .gz or .zst")
+    return [given]
+
+
+def _is_input(path: Path) -> bool:
+    """Whether a file of a folder is read. A link that leads nowhere is, which fails: it stands for a file."""
+    return file_kind(path) is not None and not path.name.startswith(".") and not path.is_dir()
+
+
+def _record(document: Document) -> dict[str, Any]:
     try:
         record = json.loads(document.raw)
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from error
+        raise _invalid(document, f"{error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise _invalid(document, "nested too deeply") from None
+    except ValueError:
+        raise _invalid(document, "a number has thousands of digits") from None
     if not isinstance(record, dict):
-        raise DataError(f"{where}: a JSON {type(record).__name__}, but each line must be an object with a text field")
+        raise DataError(
+            f"{document.place}: a JSON {type(record).__name__}, but each line must be an object with a text field"
+        )
     return record
+
+
+def _invalid(document: Document, reason: str) -> DataError:
+    return DataError(f"{document.place}: not valid JSON ({reason}); correct the line or leave it out")
 
 
 def _field(document: Document, record: dict[str, Any], key: str) -> str:
     if not isinstance(record.get(key), str):
         state = "is not text" if key in record else f"is missing; the line has {', '.join(record) or 'no keys'}"
-        raise DataError(f"{document.path}:{document.line}: key '{key}' {state}")
+        raise DataError(f"{document.place}: key '{key}' {state}")
     return record[key]

@@ -34,6 +34,7 @@ class PackingOptions:
         pack_impl: "packed", "pack_until_overflow" or "unpacked", see `neox.data.packing`.
         allow_chopped: keep documents longer than S + 1 tokens, cut; "packed" cuts in any case.
         use_shared_fs: one cache of the sample order for all machines, rather than one on each.
+        numbers_documents: samples say which of their tokens belong together.
     """
 
     seq_length: int
@@ -41,6 +42,7 @@ class PackingOptions:
     pack_impl: str = "packed"
     allow_chopped: bool = True
     use_shared_fs: bool = True
+    numbers_documents: bool = False
 
 
 class GPTDataset:
@@ -50,6 +52,10 @@ class GPTDataset:
     1]}: the label of a token is that token, or -100 where it must not be learnt. "packed" samples are full;
     the other two kinds are padded with token 0 and label -100, and hold nothing of the document that follows
     (upstream's hold its first token).
+
+    Where documents are numbered there is {"documents": int64 [S + 1]} besides: the number of each token's document
+    within the sample, from 0. It follows from the index alone, never from a token that may end a document. A document
+    that the sample cuts is there as a piece, which counts as a document; padding comes after the last.
 
     The length is the true number of samples. Upstream reports one fewer, and wraps round one earlier; all
     samples before that are the same.
@@ -81,13 +87,24 @@ class GPTDataset:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         parts = self._parts(int(self.maps.shuffle_idx[index]))
-        tokens = self._read(self.tokens, parts)
-        labels = self._read(self.labels, parts) if self.labels else None
-        if self.packing.pack_impl == "packed":
-            return {"tokens": tokens} if labels is None else {"tokens": tokens, "labels": labels}
+        pieces = [self.tokens.get(*part) for part in parts]
+        sample = {"tokens": np.concatenate(pieces, dtype=np.int64)}
+        if self.packing.numbers_documents:
+            lengths = [len(piece) for piece in pieces if len(piece)]
+            sample["documents"] = np.repeat(np.arange(len(lengths), dtype=np.int64), lengths)
+        if self.labels:
+            sample["labels"] = np.concatenate([self.labels.get(*part) for part in parts], dtype=np.int64)
+        return sample if self.packing.pack_impl == "packed" else self._padded(sample)
+
+    def _padded(self, sample: Sample) -> Sample:
         wanted = self.packing.seq_length + 1
-        labels = tokens if labels is None else labels
-        return {"tokens": _pad(tokens, wanted, PADDING_TOKEN), "labels": _pad(labels, wanted, IGNORED_LABEL)}
+        padded = {
+            "tokens": _pad(sample["tokens"], wanted, PADDING_TOKEN),
+            "labels": _pad(sample.get("labels", sample["tokens"]), wanted, IGNORED_LABEL),
+        }
+        if "documents" in sample:
+            padded["documents"] = _pad(sample["documents"], wanted, int(sample["documents"][-1]) + 1)
+        return padded
 
     def origin(self, index: int) -> dict[str, Any]:
         """See `neox.data.blending.SampleSource`."""
@@ -104,9 +121,6 @@ class GPTDataset:
             return [(items[0], offset, end + 1 - offset)]
         middle = [(item, 0, None) for item in items[1:-1]]
         return [(items[0], offset, None), *middle, (items[-1], 0, end + 1)]
-
-    def _read(self, corpus: IndexedDataset, parts: list[tuple[int, int, int | None]]) -> np.ndarray:
-        return np.concatenate([corpus.get(*part) for part in parts], dtype=np.int64)
 
 
 def _pad(row: np.ndarray, length: int, value: int) -> np.ndarray:

@@ -10,11 +10,13 @@ import struct
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from neox.data.ids import AllowedIds
 from neox.data.stored import StoredArray, StoredFile
+from neox.downloads import in_its_place
 from neox.errors import DataError
 from neox.patience import IMPATIENT, Patience
 
@@ -33,6 +35,7 @@ DTYPE_CODES: dict[int, np.dtype] = {
 INT64 = np.dtype("<i8")
 
 _ROWS_HASHED = 1 << 20
+_CHUNK, _CHUNKS_CHECKED = 1 << 16, 32
 
 
 class ItemIndex(NamedTuple):
@@ -77,6 +80,7 @@ class IndexedDataset:
         data_impl: "infer", "mmap" or "cached"; anything but "infer" must be what the file is.
         warmup: read the whole `.bin` once, so that later reads hit the page cache.
         patience: how long a read that fails is tried again.
+        allowed: what its ids may be, which is checked in all that is read; None where they are not a model's tokens.
 
     Raises:
         DataError: a file is missing, truncated, or not what its header says.
@@ -89,16 +93,20 @@ class IndexedDataset:
         data_impl: str = "infer",
         warmup: bool = False,
         patience: Patience = IMPATIENT,
+        allowed: AllowedIds | None = None,
     ) -> None:
         self.prefix = str(prefix)
         self.data_impl = data_impl
         self.patience = patience
+        self.allowed = allowed
         index = _open(index_file(prefix), prefix, patience)
         found = _kind(index)
         if data_impl not in ("infer", found):
             raise DataError(f"{index_file(prefix)}: data_impl is '{data_impl}' but the file is '{found}'; use 'infer'")
         self.index = _read_mmap_index(index) if found == "mmap" else _read_cached_index(index)
         self._tokens = _tokens(prefix, self.index, patience)
+        if allowed is not None:
+            allowed.check_type(self.dtype, self.prefix)
         if warmup:
             _read_through(self._tokens.file)
 
@@ -109,7 +117,8 @@ class IndexedDataset:
         return self.get(item)
 
     def __reduce__(self) -> tuple[Callable[..., "IndexedDataset"], tuple[str]]:
-        return partial(IndexedDataset, patience=self.patience), (self.prefix,)  # a spawned worker opens the files anew
+        # A spawned worker opens the files anew.
+        return partial(IndexedDataset, patience=self.patience, allowed=self.allowed), (self.prefix,)
 
     @property
     def sizes(self) -> StoredArray:
@@ -130,13 +139,31 @@ class IndexedDataset:
         """Return `length` tokens of an item from `offset` on (all that follow by default).
 
         Raises:
+            DataError: there is an id among them that is not allowed.
             LostDataError: the file cannot be read, and could not for as long as `patience` has it tried.
         """
         if length is None:
             length = int(self.index.sizes[item]) - offset
         assert offset >= 0 <= length, f"{length} tokens from {offset} of item {item}"
         start = self.index.first_token(item) + offset
-        return self._tokens.rows(start, start + length)
+        return self._checked(start, start + length)
+
+    def check_ids(self) -> None:
+        """Check up to two million ids: all of a small corpus, evenly spread chunks of a larger one.
+
+        Raises:
+            DataError: one of them is not allowed.
+        """
+        size = len(self._tokens)
+        chunks = min(_CHUNKS_CHECKED, -(-size // _CHUNK))
+        for start in np.linspace(0, max(0, size - _CHUNK), chunks, dtype=np.int64).tolist():
+            self._checked(start, min(start + _CHUNK, size))
+
+    def _checked(self, start: int, stop: int) -> np.ndarray:
+        tokens = self._tokens.rows(start, stop)
+        if self.allowed is not None:
+            self.allowed.check(tokens, self.prefix)
+        return tokens
 
     @cached_property
     def fingerprint(self) -> dict[str, int | str]:
@@ -153,13 +180,31 @@ class IndexedDataset:
         return {**self.fingerprint, "modified_ns": data_file(self.prefix).stat().st_mtime_ns}
 
 
-def open_corpus(config: "Config", prefix: str) -> IndexedDataset:
-    """Open the corpus of a prefix as the configuration asks for."""
+def open_corpus(
+    config: "Config",
+    prefix: str,
+    holds: Literal["tokens", "labels", "numbers"] = "tokens",
+    *,
+    warmup: bool = True,
+) -> IndexedDataset:
+    """Open the corpus of a prefix as the configuration asks for; its ids are checked where the vocabulary is known.
+
+    Args:
+        config: the run.
+        prefix: path without `.bin` and `.idx`.
+        holds: what the numbers of the corpus are.
+        warmup: whether it is opened to be read, so that `mmap_warmup` applies.
+
+    Raises:
+        DataError: see `IndexedDataset`.
+    """
+    rows = config.model.padded_vocab_size
     return IndexedDataset(
         prefix,
         data_impl=config.data.data_impl,
-        warmup=config.data.mmap_warmup,
+        warmup=warmup and config.data.mmap_warmup,
         patience=Patience(config.reliability.retry_time),
+        allowed=None if holds == "numbers" or rows is None else AllowedIds(rows, are_labels=holds == "labels"),
     )
 
 
@@ -169,6 +214,8 @@ def _open(path: Path, prefix: str | Path, patience: Patience) -> StoredFile:
             hint = ""
             if str(prefix).endswith((".bin", ".idx")):
                 hint = " (give the prefix without .bin or .idx)"
+            elif "," in str(prefix):
+                hint = " (one dataset is named here; name several in train_, valid_ and test_data_paths)"
             raise DataError(f"{path}: no such file{hint}; a dataset is {prefix}.bin with {prefix}.idx")
     return StoredFile(path, patience)
 
@@ -180,7 +227,8 @@ def _kind(index: StoredFile) -> str:
         return "mmap"
     if magic.startswith(CACHED_MAGIC):
         return "cached"
-    raise DataError(f"{index.path}: not a dataset index (it starts with {magic!r}); make it with preprocess_data.py")
+    reason = f"not a dataset index (it starts with {magic!r}); make it with preprocess_data.py"
+    raise DataError(f"{index.path}: {in_its_place(index.path) or reason}")
 
 
 def _token_dtype(code: int, path: Path) -> np.dtype:
@@ -236,10 +284,11 @@ def _tokens(prefix: str | Path, index: ItemIndex, patience: Patience) -> StoredA
     file = _open(path, prefix, patience)
     tokens = index.first_token(-1) + int(index.sizes[-1]) if len(index.sizes) else 0
     if file.size != tokens * index.dtype.itemsize:
-        raise DataError(
-            f"{path}: {file.size} bytes, but {index_file(prefix).name} lists {tokens} tokens of "
+        found = in_its_place(path) or (
+            f"{file.size} bytes, but {index_file(prefix).name} lists {tokens} tokens of "
             f"{index.dtype.itemsize} bytes; truncated or of another index, make the pair again"
         )
+        raise DataError(f"{path}: {found}")
     if len(index.doc_idx) and int(index.doc_idx[-1]) != len(index.sizes):
         raise DataError(f"{index_file(prefix)}: its documents do not end at its last item; make the pair again")
     return StoredArray(file, index.dtype, 0, tokens)

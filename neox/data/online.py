@@ -25,6 +25,8 @@ CONNECT_SECONDS = 60.0
 ANSWER_SECONDS = 1800.0
 """A server may sample only when it is asked."""
 
+LARGEST_REWARD = float(np.finfo(np.float32).max)
+
 LARGEST_ANSWER = 2**28
 """Bytes; a line that does not end is no reason to fill the memory."""
 
@@ -72,7 +74,7 @@ def ask(host: str, port: int, split: str, vocabulary: int) -> list[RatedPrompt]:
         ) from None
     try:
         answer = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise DataError(f"{place}: expected one line of JSON, got {line[:60]!r}") from None
     if not isinstance(answer, list) or not answer:
         raise DataError(f"{place}: expected a list of samples, got {line[:60]!r}")
@@ -90,7 +92,7 @@ def _checked(sample: Any, vocabulary: int, place: str) -> RatedPrompt:
             raise DataError(f"{place}: expected lists of token ids from 0 to {vocabulary - 1}, got {str(tokens)[:60]}")
     if not all(completions):
         raise DataError(f"{place}: a completion is empty; leave it out, or give it the end-of-document token")
-    if not all(type(r) in (int, float) and math.isfinite(r) for r in rewards):
+    if not all(type(r) in (int, float) and abs(r) <= LARGEST_REWARD for r in rewards):
         raise DataError(f"{place}: expected finite numbers for rewards, got {str(rewards)[:60]}")
     return RatedPrompt(prefix, completions, [float(reward) for reward in rewards])
 

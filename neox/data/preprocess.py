@@ -2,9 +2,10 @@
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import ExitStack
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -14,9 +15,10 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from neox.data.documents import Document, document_fields, read_documents
-from neox.data.indexed_writer import IndexedDatasetWriter, smallest_token_dtype
+from neox.data.documents import Document, document_fields, read_documents, require_distinct
+from neox.data.indexed_writer import IndexedDatasetWriters, smallest_token_dtype
 from neox.data.packages import optional_package
+from neox.data.text_files import SurrogateFilter
 from neox.data.tokenizers import Tokenizer, build_tokenizer
 from neox.errors import DataError
 
@@ -34,7 +36,7 @@ class PreprocessOptions:
         output_prefix: each key goes to `<output_prefix>_<key>_document.{bin,idx}`.
         tokenizer_type, vocab_file, merge_file: the tokenizer, as in the configuration.
         jsonl_keys: fields of JSON lines to tokenize.
-        append_eod: end every document with the end-of-document token.
+        append_eod: end every document with the end-of-document token, unless the tokenizer does so itself.
         ftfy: mend broken Unicode first (needs ftfy).
         num_docs: stop after so many documents; None for all.
         workers: processes that tokenize; 1 means this one (whose tokenizer may use several threads).
@@ -61,13 +63,15 @@ class PreprocessSummary(NamedTuple):
 
     Attributes:
         documents: written, for each key.
-        empty: passed over, because no key had any token.
+        empty: passed over, because no key had any text.
+        replaced: in which U+FFFD took the place of lone surrogates.
         tokens: by key.
         prefixes: of the files written, by key.
     """
 
     documents: int
     empty: int
+    replaced: int
     tokens: dict[str, int]
     prefixes: dict[str, str]
 
@@ -77,6 +81,7 @@ class _Encoded(NamedTuple):
 
     columns: list[tuple[np.ndarray, np.ndarray]]
     empty: int
+    replaced: int
 
 
 def preprocess(options: PreprocessOptions) -> PreprocessSummary:
@@ -85,29 +90,33 @@ def preprocess(options: PreprocessOptions) -> PreprocessSummary:
     A document that is empty in some keys only is kept in all, so that the datasets stay aligned.
 
     Raises:
-        DataError: a missing or malformed input, or a tokenizer that cannot be built; nothing is left behind.
+        DataError: a missing or malformed input, a tokenizer that cannot be built, a worker that was killed, or no
+            room for the files; nothing is left behind.
     """
+    require_distinct(options.jsonl_keys)
     tokenizer = build_tokenizer(options)
+    encode = _encoder(options, tokenizer)  # here too where workers encode: what it lacks is said before they start
     dtype = smallest_token_dtype(tokenizer.vocab_size)
     prefixes = {key: f"{options.output_prefix}_{key}_document" for key in options.jsonl_keys}
     documents = islice(read_documents(options.inputs), options.num_docs)
-    counts, empty = dict.fromkeys(prefixes, 0), 0
+    counts, written, empty, replaced = dict.fromkeys(prefixes, 0), 0, 0, 0
     with ExitStack() as stack:
-        writers = [stack.enter_context(IndexedDatasetWriter(prefix, dtype)) for prefix in prefixes.values()]
+        group = stack.enter_context(IndexedDatasetWriters())
+        writers = [group.open(prefix, dtype) for prefix in prefixes.values()]
         bar = stack.enter_context(
             tqdm(unit=" docs", miniters=options.log_interval, disable=not options.progress, smoothing=0.05)
         )
-        written = 0
-        for batch in _encode_all(options, tokenizer, _batches(documents)):
+        for batch in stack.enter_context(closing(_encode_all(options, encode, _batches(documents)))):
             for key, writer, (tokens, sizes) in zip(prefixes, writers, batch.columns, strict=True):
                 writer.add_documents(tokens, sizes)
                 counts[key] += len(tokens)
             written += len(batch.columns[0][1])
             empty += batch.empty
+            replaced += batch.replaced
             bar.update(len(batch.columns[0][1]) + batch.empty)
         if not written:
             raise DataError(f"{', '.join(map(str, options.inputs))}: no document with text; nothing to write")
-    return PreprocessSummary(written, empty, counts, prefixes)
+    return PreprocessSummary(written, empty, replaced, counts, prefixes)
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -124,21 +133,31 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _encode_all(
-    options: PreprocessOptions, tokenizer: Tokenizer, batches: Iterator[list[Document]]
-) -> Iterator[_Encoded]:
+    options: PreprocessOptions, encode: Callable[[list[Document]], _Encoded], batches: Iterator[list[Document]]
+) -> Generator[_Encoded, None, None]:
     """Encode batches here or in worker processes; results come in the order of the input."""
     if options.workers <= 1:
-        yield from map(_encoder(options, tokenizer), batches)
+        yield from map(encode, batches)
         return
     executor = ProcessPoolExecutor(options.workers, initializer=_start_worker, initargs=(options,))
-    with executor:
-        waiting: deque[Future[_Encoded]] = deque()
+    waiting: deque[Future[_Encoded]] = deque()
+    try:
         for batch in batches:
             waiting.append(executor.submit(_encode_in_worker, batch))
             if len(waiting) >= options.workers * BATCHES_AHEAD:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise DataError(
+            f"a worker was killed, perhaps for want of memory; take fewer --workers than {options.workers}"
+        ) from None
+    except OSError as error:
+        raise DataError(
+            f"--workers {options.workers}: so many processes cannot be started ({error.strerror}); take fewer"
+        ) from None
+    finally:
+        executor.shutdown(cancel_futures=True)
 
 
 _worker: dict[str, Callable[[list[Document]], _Encoded]] = {}  # filled in worker processes only
@@ -154,12 +173,13 @@ def _encode_in_worker(batch: list[Document]) -> _Encoded:
 
 
 def _encoder(options: PreprocessOptions, tokenizer: Tokenizer) -> Callable[[list[Document]], _Encoded]:
+    ends_itself = options.append_eod and tokenizer.suffix[-1:] == (tokenizer.eod,)
     return partial(
         _encode,
         tokenizer=tokenizer,
         keys=options.jsonl_keys,
         mend=optional_package("ftfy", needed_by="--ftfy").fix_text if options.ftfy else None,
-        ending=[tokenizer.eod] if options.append_eod else [],
+        ending=[tokenizer.eod] if options.append_eod and not ends_itself else [],
     )
 
 
@@ -171,12 +191,28 @@ def _encode(
     mend: Callable[[str], str] | None,
     ending: list[int],
 ) -> _Encoded:
-    rows = [document_fields(document, keys) for document in batch]
+    clean = SurrogateFilter()
+    rows = [document_fields(document, keys, clean) for document in batch]
     columns = []
     for texts in zip(*rows, strict=True):
-        columns.append(tokenizer.tokenize_batch([mend(text) for text in texts] if mend else texts))
-    kept = [number for number in range(len(batch)) if any(column[number] for column in columns)]
-    return _Encoded([_flatten(column, kept, ending) for column in columns], len(batch) - len(kept))
+        columns.append(_tokenize(tokenizer, batch, [mend(text) for text in texts] if mend else texts))
+    around = len(tokenizer.prefix) + len(tokenizer.suffix)
+    kept = [number for number in range(len(batch)) if any(len(column[number]) > around for column in columns)]
+    return _Encoded([_flatten(column, kept, ending) for column in columns], len(batch) - len(kept), clean.documents)
+
+
+def _tokenize(tokenizer: Tokenizer, batch: list[Document], texts: Sequence[str]) -> list[list[int]]:
+    """Tokenize one text of each document of a batch; a text that the tokenizer cannot take is named."""
+    try:
+        return tokenizer.tokenize_batch(texts)
+    except Exception:  # libraries raise whatever they like
+        for document, text in zip(batch, texts, strict=True):
+            try:
+                tokenizer.tokenize(text)
+            except Exception as error:
+                reason = " ".join(str(error).split())
+                raise DataError(f"{document.place}: the tokenizer cannot take this text ({reason})") from error
+        raise
 
 
 def _flatten(column: list[list[int]], kept: list[int], ending: list[int]) -> tuple[np.ndarray, np.ndarray]:

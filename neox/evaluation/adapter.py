@@ -5,7 +5,7 @@ continuation into tokens the same way for all models, so that numbers compare wi
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from neox.data.tokenizers import Tokenizer
+from neox.data.text_files import without_lone_surrogates
+from neox.data.tokenizers import Tokenizer, prompt_tokens
 from neox.errors import UserError
 from neox.inference.generate import GenerationSettings
 from neox.inference.sampling import GREEDY, Sampling
@@ -24,6 +25,7 @@ from neox.inference.text import TextGenerator
 from neox.model.build import SINGLE
 from neox.model.layers import Decoder
 from neox.model.loss import CHUNK_BYTES, token_losses
+from neox.model.positions import longest_input
 from neox.parallel.mesh import Mesh
 
 DEFAULT_NEW_TOKENS = 256
@@ -46,11 +48,17 @@ class HarnessModel(TemplateLM):
 
     Args:
         model: in eval mode, on the device of `mesh`.
-        tokenizer: its tokenizer; the end-of-document token stands for an empty context.
+        tokenizer: its tokenizer; its `start` stands for an empty context.
         batch_size: sequences of one forward pass.
         mesh: the processes.
         info: what the result file should say about the model.
+
+    Attributes:
+        cut: requests whose context was longer than the model's positions, so that only its end was read.
+        replaced: whether a text had lone surrogates, in whose places U+FFFD was read.
     """
+
+    replaced = False
 
     def __init__(
         self,
@@ -67,6 +75,7 @@ class HarnessModel(TemplateLM):
         self.batch_size = batch_size
         self.mesh = mesh
         self.info = info or {}
+        self.cut = 0
         self._rank, self._world_size, self._device = mesh.data_rank, mesh.data_size, mesh.device
 
     # What the harness asks about the model.
@@ -79,11 +88,22 @@ class HarnessModel(TemplateLM):
     @property
     def max_length(self) -> int:
         """Longest input in tokens."""
-        return self.model.config.seq_length
+        return longest_input(self.model.config)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """Token that stands before a text without a context. It is never scored."""
+        return self.tokens.start
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Tokens of a text; none are added."""
-        return self.tokens.tokenize(string)
+        """Tokens of a text, after those with which the tokenizer begins one unless `add_special_tokens` is false."""
+        text = self._cleaned(string)
+        return self.tokens.tokenize_bare(text) if add_special_tokens is False else prompt_tokens(self.tokens, text)
+
+    def _cleaned(self, text: str) -> str:
+        cleaned: str = without_lone_surrogates(text)
+        self.replaced = self.replaced or cleaned != text
+        return cleaned
 
     def get_model_info(self) -> dict[str, Any]:
         """Return what the result file says about the model."""
@@ -116,7 +136,9 @@ class HarnessModel(TemplateLM):
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation in nats, and whether greedy decoding would give it."""
-        passages = [Passage(context, continuation) for _, context, continuation in requests]
+        # A context of spaces alone has none left: the harness moves them to the continuation.
+        start = [self.prefix_token_id]
+        passages = [Passage(context or start, continuation) for _, context, continuation in requests]
         return self.score(passages, progress=not disable_tqdm)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -138,7 +160,7 @@ class HarnessModel(TemplateLM):
 
     def _windows(self, text: str) -> Iterator[Passage]:
         windows = get_rolling_token_windows(
-            token_list=self.tok_encode(text),
+            token_list=self._without_prefix(text),
             prefix_token=self.prefix_token_id,
             max_seq_len=self.max_length,
             context_len=1,
@@ -147,13 +169,18 @@ class HarnessModel(TemplateLM):
             context, continuation = make_disjoint_window(window)
             yield Passage(context, continuation)
 
+    def _without_prefix(self, text: str) -> list[int]:
+        """Tokens of a text that are scored: what begins it stands before it, also where the text spells it out."""
+        tokens, prefix = self.tok_encode(text, add_special_tokens=False), list(self.tokens.prefix)
+        return tokens[len(prefix) :] if tokens[: len(prefix)] == prefix else tokens
+
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Generate texts, each cut before the first of its task's stop strings.
 
         A prompt that leaves too little room for the new tokens keeps its end.
 
         Raises:
-            UserError: a task wants more new tokens than the model has positions.
+            UserError: a task wants more new tokens than the model has positions, or a value that means nothing.
         """
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
@@ -161,15 +188,16 @@ class HarnessModel(TemplateLM):
         texts: dict[int, str] = {}
         with self._bar(len(requests), "generating", show=not disable_tqdm) as bar:
             for numbers in groups.values():
-                wanted = normalize_gen_kwargs(requests[numbers[0]].args[1], DEFAULT_NEW_TOKENS)
+                wanted, settings = _settings(requests[numbers[0]].args[1])
                 results = TextGenerator(self.model, self.tokens, self.batch_size).complete(
-                    [requests[number].args[0] for number in numbers],
-                    settings=_settings(wanted),
+                    [self._cleaned(requests[number].args[0]) for number in numbers],
+                    settings=settings,
                     until=wanted["until"],
                     keep_last=self._room_for(wanted["max_gen_toks"]),
                     numbers=numbers,
                     advance=bar.update,
                 )
+                self.cut += sum(result.cut for result in results)
                 texts |= {number: result.text for number, result in zip(numbers, results, strict=True)}
         return [texts[number] for number in range(len(requests))]
 
@@ -178,8 +206,8 @@ class HarnessModel(TemplateLM):
         room = self.max_length - new_tokens
         if room < 1:
             raise UserError(
-                f"eval_tasks: a task generates {new_tokens} tokens and the model has {self.max_length} positions "
-                "(seq_length); set a smaller max_gen_toks in the task's generation_kwargs"
+                f"eval_tasks: a task generates {new_tokens} tokens and the model has {self.max_length} positions; "
+                "set a smaller max_gen_toks in the task's generation_kwargs"
             )
         return room
 
@@ -218,9 +246,11 @@ class HarnessModel(TemplateLM):
         if len(passage.continuation) > self.max_length:
             raise UserError(
                 f"eval_tasks: a text to score has {len(passage.continuation)} tokens and the model {self.max_length} "
-                "positions (seq_length); leave the task out or use a model of longer sequences"
+                "positions; leave the task out or use a model of longer sequences"
             )
-        return (passage.context + passage.continuation)[:-1][-self.max_length :]
+        whole = (passage.context + passage.continuation)[:-1]
+        self.cut += len(whole) > self.max_length
+        return whole[-self.max_length :]
 
     def _losses(self, hidden_MD: torch.Tensor, labels_M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss of each label, and whether it is the likeliest token; logits are made a chunk at a time."""
@@ -236,13 +266,21 @@ class HarnessModel(TemplateLM):
         return tqdm(total=total, desc=what, disable=not show or self.mesh.rank != 0)
 
 
-def _settings(wanted: dict[str, Any]) -> GenerationSettings:
-    """Read a task's `generation_kwargs`, in the harness' normal form."""
-    sampling = GREEDY
-    if wanted["do_sample"]:
-        sampling = Sampling(
-            temperature=float(wanted.get("temperature") or 1.0),
-            top_k=int(wanted.get("top_k", 0)),
-            top_p=float(wanted.get("top_p", 0.0)),
-        )
-    return GenerationSettings(maximum_tokens=wanted["max_gen_toks"], sampling=sampling)
+def _settings(asked: dict[str, Any]) -> tuple[dict[str, Any], GenerationSettings]:
+    """Read a task's `generation_kwargs`; return them in the harness' normal form too.
+
+    Raises:
+        UserError: a value that means nothing.
+    """
+    try:
+        wanted: dict[str, Any] = dict(normalize_gen_kwargs(asked, DEFAULT_NEW_TOKENS))
+        # Of a task that samples and says no more, transformers' default.
+        sampling = Sampling(temperature=float(wanted.get("temperature", 1.0)))
+        if wanted["do_sample"]:
+            top_k, top_p = int(wanted.get("top_k") or 0), float(wanted.get("top_p") or 0.0)
+            sampling = replace(sampling, top_k=top_k, top_p=top_p)
+        else:
+            sampling = GREEDY
+        return wanted, GenerationSettings(maximum_tokens=wanted["max_gen_toks"], sampling=sampling)
+    except (UserError, ValueError, TypeError, OverflowError) as error:
+        raise UserError(f"eval_tasks: generation_kwargs of a task: {error}") from None

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from neox.config import Config
 from neox.data.tokenizers import Tokenizer
@@ -14,9 +14,14 @@ from neox.evaluation.harness import require_harness
 from neox.evaluation.tasks import find_tasks
 from neox.files import write_whole
 from neox.inference.loading import load_model, open_model
+from neox.launch.reporting import tell
 from neox.model.layers import Decoder
 from neox.parallel.mesh import Mesh
+from neox.results import print_result
 from neox.secrets import masked_values
+
+if TYPE_CHECKING:
+    from neox.evaluation.adapter import HarnessModel
 
 
 def run_evaluation(config: Config, mesh: Mesh) -> None:
@@ -34,8 +39,8 @@ def run_evaluation(config: Config, mesh: Mesh) -> None:
 
     path = result_path(config.evaluation.eval_results_prefix, datetime.now())
     write_whole(path, json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False))
-    print(make_table(results))
-    print(f"results written to {path}")
+    print_result(make_table(results))
+    print_result(f"results written to {path}")
 
 
 def evaluate_model(
@@ -80,7 +85,24 @@ def evaluate_model(
             device=str(mesh.device),
             log_samples=False,
         )
+    _say_what_was_changed(adapter)
     return results if mesh.rank == 0 else None
+
+
+def _say_what_was_changed(adapter: "HarnessModel") -> None:
+    """Say how many requests were longer than the model, and whether text was replaced; every process calls this."""
+    found = [(adapter.cut, adapter.replaced)]
+    if adapter.world_size > 1:
+        found = adapter.gather_object(found[0]) or []
+    if adapter.mesh.rank != 0:
+        return
+    if cut := sum(count for count, _ in found):
+        tell(
+            f"eval_tasks: {cut:,} requests are longer than the model's {adapter.max_length} positions; "
+            "only the end of their contexts was read"
+        )
+    if any(replaced for _, replaced in found):
+        tell("eval_tasks: some requests have lone surrogates, which are no text; U+FFFD was read in the place of each")
 
 
 @contextmanager

@@ -5,7 +5,7 @@ tokens of a row and positions count from its first token: every row gets what it
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,6 +15,7 @@ from neox.inference.cache import KeyValueCache
 from neox.inference.sampling import GREEDY, Sampling, draw_tokens
 from neox.model.attention import AttentionContext, with_shared_mask
 from neox.model.layers import Decoder
+from neox.model.positions import longest_input
 
 StopRule = Callable[[list[int]], bool]
 """Whether a row should end, given the tokens generated for it so far."""
@@ -56,12 +57,12 @@ class Completion:
     """What came after one prompt.
 
     Attributes:
-        tokens: new tokens, without the end-of-document token.
+        tokens: new tokens, without the one that ends the text.
         finished: whether the model ended it itself, or a stop rule did, before room or `maximum_tokens` ran out.
         message: one line on what the user should know, or None.
         duration_seconds: from the start of its batch until it was complete.
-        logits: fp32 [new tokens, V], one row for each drawn token and, where it was drawn, one for the
-            end-of-document token; None unless asked for.
+        logits: fp32 [new tokens, V], one row for each drawn token and, where one was drawn, one for that which ends
+            the text; None unless asked for.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -77,21 +78,21 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     settings: GenerationSettings,
-    eod: int,
+    ends: Collection[int] = (),
     stop: StopRule | None = None,
     numbers: Sequence[int] | None = None,
 ) -> list[Completion]:
     """Continue every prompt, all of them as one batch.
 
-    A prompt and its new tokens have `seq_length` positions. Generation that meets this end stops there and says
-    so in `message`, and so does a prompt that leaves no room at all.
+    A prompt and its new tokens have the positions of the model (`longest_input`). Generation that meets this end
+    stops there and says so in `message`, and so does a prompt that leaves no room at all.
 
     Args:
         model: in eval mode, with sequence parallelism off. Under tensor parallelism every rank of the group makes
             the same call and gets the same tokens.
-        prompts: token ids; an empty prompt starts from `eod`.
+        prompts: token ids, at least one each.
         settings: what is asked of each prompt.
-        eod: the token that ends a document.
+        ends: tokens at which a text ends.
         stop: ends a row early.
         numbers: number of each prompt in the caller's list, which chooses its stream of random numbers; default
             0, 1, ... So results do not depend on how prompts are batched.
@@ -99,10 +100,10 @@ def generate(
     Returns:
         Completions in the order of the prompts.
     """
-    rows = _make_rows(model, prompts, settings, eod=eod, numbers=numbers)
+    rows = _make_rows(model, prompts, settings, numbers=numbers)
     open_rows = [row for row in rows if row.budget > 0]
     if open_rows:
-        _run(model, open_rows, settings, eod=eod, stop=stop)
+        _run(model, open_rows, settings, ends=ends, stop=stop)
     return [row.completion for row in rows]
 
 
@@ -121,25 +122,33 @@ def _make_rows(
     prompts: Sequence[Sequence[int]],
     settings: GenerationSettings,
     *,
-    eod: int,
     numbers: Sequence[int] | None,
 ) -> list[_Row]:
     rows = []
+    positions = longest_input(model.config)
     for number, given in zip(numbers or range(len(prompts)), prompts, strict=True):
-        prompt = list(given) or [eod]
-        room = model.config.seq_length - len(prompt)
+        prompt = list(given)
+        assert prompt, "a prompt has at least the token that starts a text"
+        room = positions - len(prompt)
         completion = Completion()
         if room <= 0:
             completion.message = (
-                f"nothing generated: the prompt has {len(prompt)} tokens and the model {model.config.seq_length} "
-                "positions (seq_length); shorten it"
+                f"nothing generated: the prompt has {len(prompt)} tokens and the model {positions} positions; "
+                "shorten it"
             )
         generator = torch.Generator(device=_device(model)).manual_seed(settings.seed + number)
         rows.append(_Row(prompt, min(settings.maximum_tokens, room), completion, generator))
     return rows
 
 
-def _run(model: Decoder, rows: list[_Row], settings: GenerationSettings, *, eod: int, stop: StopRule | None) -> None:
+def _run(
+    model: Decoder,
+    rows: list[_Row],
+    settings: GenerationSettings,
+    *,
+    ends: Collection[int],
+    stop: StopRule | None,
+) -> None:
     """Grow the rows until each is done."""
     started = time.perf_counter()
     batch = _Batch(model, [row.prompt for row in rows], max(row.budget for row in rows), recompute=settings.recompute)
@@ -153,21 +162,21 @@ def _run(model: Decoder, rows: list[_Row], settings: GenerationSettings, *, eod:
                 continue
             if settings.return_logits:
                 row.logits.append(logits_BV[i].cpu())
-            _take(row, token, eod=eod, stop=stop, limit=model.config.seq_length)
+            _take(row, token, ends=ends, stop=stop, limit=longest_input(model.config))
             if row.done:
                 row.completion.duration_seconds = time.perf_counter() - started
                 row.completion.logits = torch.stack(row.logits) if settings.return_logits else None
 
 
-def _take(row: _Row, token: int, *, eod: int, stop: StopRule | None, limit: int) -> None:
+def _take(row: _Row, token: int, *, ends: Collection[int], stop: StopRule | None, limit: int) -> None:
     """Add a token to a row and see whether it is the last."""
     completion = row.completion
-    if token != eod:
+    if token not in ends:
         completion.tokens.append(token)
-    completion.finished = token == eod or (stop is not None and stop(completion.tokens))
+    completion.finished = token in ends or (stop is not None and stop(completion.tokens))
     row.done = completion.finished or len(completion.tokens) >= row.budget
     if row.done and not completion.finished and len(row.prompt) + row.budget == limit:
-        completion.message = f"stopped at the model's {limit} positions (seq_length)"
+        completion.message = f"stopped at the model's {limit} positions"
 
 
 class _Batch:
@@ -202,7 +211,7 @@ class _Batch:
         """Tell each block about the columns from `start` to the end."""
         columns_S = torch.arange(start, self.end, device=self.tokens_BS.device)
         # Rows that are done are carried along beyond the last position; what they get there is thrown away.
-        positions_BS = (columns_S - self.padding_B[:, None]).clamp(0, self.model.config.seq_length - 1)
+        positions_BS = (columns_S - self.padding_B[:, None]).clamp(0, longest_input(self.model.config) - 1)
         mask_BSK = self._mask(columns_S) if self.padded or start > 0 else None
         context = AttentionContext(positions_BS=positions_BS, mask_BSK=mask_BSK)
         blocks, weight = self.model.blocks, self.model.embedding.word_embeddings.weight

@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+from neox.checkpoint.huggingface import is_huggingface
 from neox.checkpoint.lora import merged
 from neox.checkpoint.open import open_checkpoint
 from neox.checkpoint.upstream.reader import Hints
 from neox.checkpoint.weights import WeightReader, check_vocabulary, weight_source
 from neox.config import Config
 from neox.data.tokenizers import Tokenizer, build_tokenizer
+from neox.data.tokenizers.beside import end_ids
 from neox.errors import CheckpointError, ConfigError
 from neox.model.build import DTYPES, build_decoder
 from neox.model.layers import Decoder
@@ -37,7 +39,8 @@ def load_model(config: Config, mesh: Mesh) -> tuple[Decoder, Tokenizer]:
     take their shares, copies of the model read it whole.
 
     Returns:
-        The model in eval mode on the device of `mesh`, in the configuration's precision, and its tokenizer.
+        The model in eval mode on the device of `mesh`, in the configuration's precision, and its tokenizer, which ends
+        texts at the tokens that the folder of a Hugging Face model names too.
 
     Raises:
         CheckpointError: see `open_model`, or the checkpoint does not fit the configuration or the tokenizer.
@@ -49,6 +52,8 @@ def load_model(config: Config, mesh: Mesh) -> tuple[Decoder, Tokenizer]:
     tokenizer = build_tokenizer(config.tokenizer)
     reader = open_model(config)
     check_vocabulary(reader, tokenizer.vocab_size)
+    if is_huggingface(reader.folder):
+        tokenizer.ends = tuple(dict.fromkeys((*tokenizer.ends, *end_ids(reader.folder))))
     return _decoder(config, mesh, reader), tokenizer
 
 

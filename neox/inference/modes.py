@@ -3,19 +3,23 @@
 import json
 import sys
 from collections.abc import Iterator
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch.distributed as dist
 
 from neox.config import Config
+from neox.data.documents import Document, document_text, file_kind
+from neox.data.text_files import SurrogateFilter, replaced_line, text_lines
 from neox.errors import DataError
-from neox.files import write_whole
+from neox.files import require_place, write_whole
 from neox.inference.generate import GenerationSettings
 from neox.inference.loading import load_model
 from neox.inference.precompute import precompute
 from neox.inference.text import TextCompletion, TextGenerator
 from neox.parallel.mesh import Mesh
+from neox.results import print_result
 from neox.watch import phase
 
 PROMPT_SIGN = "Context prompt >>> "
@@ -35,6 +39,8 @@ def run_generation(config: Config, mesh: Mesh) -> None:
         prompts = read_prompts(Path(config.generation.sample_input_file or ""))
     elif kind == "unconditional":
         prompts = [""] * config.generation.num_samples
+    if kind != "interactive" and mesh.rank == 0:
+        require_place(Path(config.generation.sample_output_file))
     model, tokenizer = load_model(config, mesh)
     generator = TextGenerator(model, tokenizer, config.batch.train_micro_batch_size_per_gpu or 1)
     settings = GenerationSettings.from_config(config)
@@ -45,7 +51,7 @@ def run_generation(config: Config, mesh: Mesh) -> None:
     if mesh.rank == 0:
         path = Path(config.generation.sample_output_file)
         write_whole(path, "".join(json.dumps(record(result), ensure_ascii=False) + "\n" for result in results))
-        print(f"{len(results)} sample{'s' * (len(results) != 1)} written to {path}")
+        print_result(f"{len(results)} sample{'s' * (len(results) != 1)} written to {path}")
 
 
 def generation_kind(config: Config) -> str:
@@ -65,28 +71,20 @@ def read_prompts(path: Path) -> list[str]:
     """Prompts of a file: the field "text" of each line of a .jsonl file, else each line. Blank lines are skipped.
 
     Raises:
-        DataError: no such file, nothing in it, or a line without that field.
+        DataError: no such file, one that is damaged or not UTF-8, nothing in it, or a line without that field.
     """
     if not path.is_file():
         raise DataError(f"sample_input_file: {path}: no such file; check the path")
-    lines = path.read_text(encoding="utf-8").split("\n")
-    numbered = [(i, line.rstrip("\r")) for i, line in enumerate(lines, start=1) if line.strip()]
-    if not numbered:
+    documents = [Document(str(path), number, line) for number, line in text_lines(path) if line.strip()]
+    if not documents:
         raise DataError(f"sample_input_file: {path}: holds no prompt; write one a line")
-    if path.suffix != ".jsonl":
-        return [line for _, line in numbered]
-    return [_text_of(line, f"{path}:{number}") for number, line in numbered]
-
-
-def _text_of(line: str, place: str) -> str:
-    try:
-        content = json.loads(line)
-    except ValueError:
-        content = None
-    if not isinstance(content, dict) or not isinstance(content.get("text"), str):
-        raise DataError(f'{place}: expected an object with a "text" such as {{"text": "Once upon"}}')
-    text: str = content["text"]
-    return text
+    if file_kind(path) != ".jsonl":
+        return [document.raw.rstrip("\r\n") for document in documents]
+    clean = SurrogateFilter()
+    prompts = [document_text(document, "text", clean) for document in documents]
+    if clean.documents:
+        print(f"{path}: {replaced_line(clean.documents)}", file=sys.stderr)
+    return prompts
 
 
 def record(result: TextCompletion) -> dict[str, Any]:
@@ -118,11 +116,13 @@ def complete_shared(
 
 def run_session(generator: TextGenerator, settings: GenerationSettings, mesh: Mesh, *, prompt_end: str) -> None:
     """Read prompts from the terminal and answer, until its end. Only rank 0 has a terminal; the others follow."""
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # what is typed in another encoding is no reason to end
     prompts = typed_prompts(sys.stdin, prompt_end) if mesh.rank == 0 else iter(())
     while (prompt := _broadcast(_typed(prompts), mesh)) is not None:
         result = generator.complete([prompt], settings=settings)[0]
         if mesh.rank == 0:
-            print(result.text)
+            print_result(result.text)
             if result.completion.message:
                 print(result.completion.message, file=sys.stderr)
 
@@ -133,17 +133,28 @@ def _typed(prompts: Iterator[str]) -> str | None:
 
 
 def typed_prompts(stream: TextIO, prompt_end: str) -> Iterator[str]:
-    """Prompts of a stream, each ended by `prompt_end`; text after that on its line is dropped."""
+    """Prompts of a stream, each ended by `prompt_end`; text after that on its line is dropped.
+
+    U+FFFD takes the place of what is no text, which a line on stderr says.
+    """
     text = ""
-    print(PROMPT_SIGN, end="", flush=True)
+    print_result(PROMPT_SIGN, end="", flush=True)
     for line in stream:
         text += line
         if prompt_end in text:
-            yield text[: text.index(prompt_end)]
+            yield _cleaned(text[: text.index(prompt_end)])
             text = ""
-            print(PROMPT_SIGN, end="", flush=True)
+            print_result(PROMPT_SIGN, end="", flush=True)
     if text:
-        yield text
+        yield _cleaned(text)
+
+
+def _cleaned(prompt: str) -> str:
+    clean = SurrogateFilter()
+    cleaned = clean(prompt)
+    if clean.documents:
+        print("the prompt had bytes that are no text; U+FFFD stands in the place of each", file=sys.stderr)
+    return cleaned
 
 
 def _broadcast(prompt: str | None, mesh: Mesh) -> str | None:

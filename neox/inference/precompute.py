@@ -8,11 +8,14 @@ import torch.distributed as dist
 
 from neox.config import Config, named_documents
 from neox.data import IndexedDataset, IndexedDatasetWriter
+from neox.data.ids import AllowedIds
+from neox.data.indexed import open_corpus
 from neox.errors import ConfigError
 from neox.inference.loading import load_weights
 from neox.model.layers import Decoder
 from neox.model.loss import Labels
 from neox.parallel.mesh import Mesh
+from neox.results import print_result
 
 
 def precompute(config: Config, mesh: Mesh) -> None:
@@ -28,8 +31,12 @@ def precompute(config: Config, mesh: Mesh) -> None:
         raise ConfigError("text_gen_type: precompute needs a name for what it writes; set precompute_model_name")
     if not paths:
         raise ConfigError("text_gen_type: precompute needs documents; set train_data_paths or pos_train_data_paths")
-    sets = [IndexedDataset(path, data_impl=config.data.data_impl) for path in paths]
+    sets = [open_corpus(config, path) for path in paths]
     model = load_weights(config, mesh)
+    assert model.config.padded_vocab_size is not None, "the vocabulary was resolved before the model was built"
+    for documents in sets:
+        documents.allowed = AllowedIds(model.config.padded_vocab_size)
+        documents.check_ids()
     for documents in sets:
         scores = _shared_scores(model, documents, config.batch.train_micro_batch_size_per_gpu or 1, mesh)
         prefix = f"{documents.prefix}_{name}"
@@ -37,7 +44,7 @@ def precompute(config: Config, mesh: Mesh) -> None:
             with IndexedDatasetWriter(prefix, np.float32) as writer:
                 for row in scores:
                     writer.add_document(row)
-            print(f"{len(documents)} documents scored in {prefix}.bin")
+            print_result(f"{len(documents)} documents scored in {prefix}.bin")
         else:
             for _ in scores:
                 continue

@@ -1,9 +1,18 @@
 """The next token from logits: greedy, temperature, top-k and top-p."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+from neox.errors import CheckpointError, ConfigError
+
+SMALLEST_TEMPERATURE = torch.finfo(torch.float32).tiny
+"""Smallest that fp32 can divide by on every device; below it nothing but the likeliest token could be drawn."""
+
+LARGEST_TEMPERATURE = 1e30
+"""Above it fp32 sees no difference between tokens, and some devices no number to divide by."""
 
 
 @dataclass(frozen=True)
@@ -14,16 +23,27 @@ class Sampling:
         temperature: divides the logits; 0 takes the likeliest token, whatever the other two say.
         top_k: draw among this many likeliest tokens; 0 is off.
         top_p: draw among the likeliest tokens that together reach this probability; 0 is off.
+
+    Raises:
+        ConfigError: a value that means nothing.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 0.0
 
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature < math.inf:
+            raise ConfigError(f"temperature: {self.temperature} is no temperature; set 0 or more")
+        if self.top_k < 0:
+            raise ConfigError(f"top_k: {self.top_k} is no number of tokens; set 0 (off) or more")
+        if not 0.0 <= self.top_p <= 1.0:
+            raise ConfigError(f"top_p: {self.top_p} is no probability; set 0 (off) to 1")
+
     @property
     def greedy(self) -> bool:
         """Whether chance plays no part."""
-        return self.temperature == 0.0
+        return self.temperature < SMALLEST_TEMPERATURE
 
 
 GREEDY = Sampling()
@@ -57,10 +77,21 @@ def draw_tokens(logits_BV: torch.Tensor, sampling: Sampling, generators: Sequenc
 
     Returns:
         int64 ids [B].
+
+    Raises:
+        CheckpointError: a row of logits is not a number, or infinite, at its largest.
     """
+    largest_B1 = logits_BV.amax(dim=-1, keepdim=True)
+    if not largest_B1.isfinite().all():
+        raise CheckpointError(
+            "the model gives logits that are no finite numbers, so no token is the likeliest; its weights are damaged "
+            "or its precision overflows: try precision=fp32, or inspect_checkpoint.py"
+        )
     if sampling.greedy:
         return logits_BV.argmax(dim=-1)
-    logits_BV = filter_logits(logits_BV / sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
+    # The largest becomes 0: whatever the temperature, it stays finite.
+    logits_BV = (logits_BV - largest_B1) / min(sampling.temperature, LARGEST_TEMPERATURE)
+    logits_BV = filter_logits(logits_BV, top_k=sampling.top_k, top_p=sampling.top_p)
     probabilities = logits_BV.softmax(dim=-1)
     drawn = [torch.multinomial(row, 1, generator=own) for row, own in zip(probabilities, generators, strict=True)]
     return torch.cat(drawn)

@@ -3,18 +3,23 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from neox.data.tokenizers import Tokenizer
+from neox.data.tokenizers import Tokenizer, prompt_tokens
 from neox.inference.generate import Completion, GenerationSettings, generate
 from neox.model.layers import Decoder
 
 
 @dataclass(frozen=True)
 class TextCompletion:
-    """A prompt's text, what followed it, and the tokens behind that."""
+    """A prompt's text, what followed it, and the tokens behind that.
+
+    Attributes:
+        cut: whether only the end of the prompt was read.
+    """
 
     context: str
     text: str
     completion: Completion
+    cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,8 @@ class TextGenerator:
         Returns:
             Results in the order of the prompts, whatever order they ran in.
         """
-        prompts = self.tokenizer.tokenize_batch(contexts)
+        prompts = [prompt_tokens(self.tokenizer, text) or [self.tokenizer.eod] for text in contexts]
+        lengths = [len(prompt) for prompt in prompts]
         if keep_last is not None:
             prompts = [prompt[-keep_last:] for prompt in prompts]
         numbers = numbers or range(len(prompts))
@@ -66,13 +72,14 @@ class TextGenerator:
                 self.model,
                 [prompts[i] for i in chosen],
                 settings=settings,
-                eod=self.tokenizer.eod,
+                ends=self.tokenizer.ends,
                 stop=stop,
                 numbers=[numbers[i] for i in chosen],
             )
             for i, completion in zip(chosen, completions, strict=True):
                 text = continuation_text(self.tokenizer, prompts[i], completion.tokens)
-                results[i] = TextCompletion(contexts[i], cut_before(text, until), completion)
+                is_cut = len(prompts[i]) < lengths[i]
+                results[i] = TextCompletion(contexts[i], cut_before(text, until), completion, is_cut)
             if advance is not None:
                 advance(len(chosen))
         return [results[i] for i in range(len(prompts))]
@@ -97,11 +104,12 @@ class StopStrings:
 
 
 def continuation_text(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Sequence[int]) -> str:
-    """Text of `tokens` as it follows that of `prompt`.
+    """Text of `tokens` as it follows that of `prompt`, without special tokens.
 
     Some tokenizers drop a space at the start of a text, so the new part is taken from the text of both. Where the
     prompt ends inside a character its own text changes, and the new tokens are turned into text alone.
     """
+    tokens = [token for token in tokens if token not in tokenizer.special]
     before = tokenizer.detokenize(prompt)
     whole = tokenizer.detokenize([*prompt, *tokens])
     return whole[len(before) :] if whole.startswith(before) else tokenizer.detokenize(tokens)

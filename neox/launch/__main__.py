@@ -22,6 +22,7 @@ from neox.launch.preflight import check_hosts
 from neox.launch.restarts import REQUEUE_STATUS
 from neox.launch.slurm import Job, submit, write_batch_file
 from neox.launch.start import EXIT_NO_GO
+from neox.results import print_result
 
 
 def main(argv: list[str]) -> int:
@@ -33,7 +34,7 @@ def main(argv: list[str]) -> int:
         "check": check,
     }
     if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__)
+        print_result(__doc__)
         return 0
     if argv[0] not in commands:
         raise LaunchError(f"neox.launch: unknown command {argv[0]!r}; there are {', '.join(commands)}")
@@ -84,7 +85,7 @@ def slurm(argv: list[str]) -> int:
     )
     path = Path(options.output or f"{job.name}.sbatch")
     write_batch_file(job, path, folder=Path.cwd())
-    print(f"job {submit(path)}" if options.submit else path)
+    print_result(f"job {submit(path)}" if options.submit else path)
     return 0
 
 
@@ -126,7 +127,7 @@ def kubernetes(argv: list[str]) -> int:
     )
     path = Path(options.output or f"{pods.name}.yaml")
     write_whole(path, yaml.safe_dump(manifest(pods, options.kind), sort_keys=False))
-    print(path)
+    print_result(path)
     return 0
 
 
@@ -148,7 +149,7 @@ def hostfile(argv: list[str]) -> int:
     path = Path(options.output or f"{shared.job_name(options)}.sh")
     write_whole(path, f"{text}exec {command}\n")
     path.chmod(0o755)
-    print(path)
+    print_result(path)
     return 0
 
 

@@ -4,9 +4,10 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from neox.errors import LaunchError
+from neox.results import HelpParser
 
 if TYPE_CHECKING:
     from neox.config import Config, ModelReader
@@ -73,12 +74,31 @@ def parse_arguments(script: Script, argv: Sequence[str]) -> Arguments:
     return Arguments(files, overrides + flags, config_dir, override_files)
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(HelpParser):
     """A parser whose complaints are a `LaunchError`."""
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print."""
         raise LaunchError(f"{self.prog}: {message}; see {self.prog} --help")
+
+    def parse_intermixed_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> argparse.Namespace:
+        """Read the words of a command line, flags and others in any order.
+
+        Raises:
+            LaunchError: an unknown flag, with the nearest that there is.
+        """
+        found, rest = self.parse_known_intermixed_args(args, namespace)
+        # What is left beside the unknown flag, such as its value, depends on the version of argparse.
+        for flag in (word.partition("=")[0] for word in rest if word.startswith("-")):
+            from neox.config.problems import did_you_mean
+
+            hint = did_you_mean(flag, [name for action in self._actions for name in action.option_strings])
+            raise LaunchError(f"{self.prog}: unknown flag {flag}, see {self.prog} --help{hint}")
+        if rest:
+            self.error(f"unexpected argument {rest[0]}")
+        return found
 
 
 def _build_parser(script: Script) -> argparse.ArgumentParser:

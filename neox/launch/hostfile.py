@@ -18,12 +18,22 @@ USUAL_HOSTFILE = "/job/hostfile"
 
 
 def hostfile_path(config: "Config", environ: Mapping[str, str]) -> Path | None:
-    """The file of hosts: `hostfile`, else $DLTS_HOSTFILE, else /job/hostfile; None where it does not exist.
-
-    As upstream has it, a file that is named but missing means this machine alone.
-    """
+    """The file of hosts: `hostfile`, else $DLTS_HOSTFILE, else /job/hostfile; None where it does not exist."""
     path = Path(config.launch.hostfile or environ.get(HOSTFILE_VARIABLE) or USUAL_HOSTFILE)
     return path if path.is_file() else None
+
+
+def check_hostfile(config: "Config", environ: Mapping[str, str]) -> None:
+    """Refuse a file of hosts that is named and missing, where ranks are started; only /job/hostfile may be missing.
+
+    Raises:
+        LaunchError: it does not exist, and a run for many hosts would be one of this machine alone.
+    """
+    named = {"hostfile": config.launch.hostfile, f"${HOSTFILE_VARIABLE}": environ.get(HOSTFILE_VARIABLE)}
+    name, path = next(((name, path) for name, path in named.items() if path), ("", None))
+    if path is not None and not Path(path).is_file():
+        mend = "set hostfile: null" if name == "hostfile" else f"unset {HOSTFILE_VARIABLE}"
+        raise LaunchError(f"{name}: no such file {path}; correct it, or {mend} to start on this machine alone")
 
 
 def read_hostfile(path: Path) -> Pool:
@@ -33,7 +43,7 @@ def read_hostfile(path: Path) -> Pool:
         LaunchError: the file cannot be read, names no host, names one twice, or a line is not `HOST slots=N`.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise LaunchError(f"{path}: cannot be read as a list of hosts ({error}); write lines `HOST slots=N`") from None
     pool: Pool = {}

@@ -20,7 +20,7 @@ _CARRIED_NAMES = ("OMP_NUM_THREADS", "DS_ACCELERATOR", "LD_LIBRARY_PATH")
 
 
 def has_hostfile(config: "Config") -> bool:
-    """Whether there is a file of hosts; one that is named but missing means this machine alone, as upstream has it."""
+    """Whether there is a file of hosts."""
     return hostfile_path(config, os.environ) is not None
 
 
@@ -177,7 +177,7 @@ def carried_variables(environ: Mapping[str, str]) -> dict[str, str]:
         places = [Path(environ["DS_ENV_FILE"])]
     for path in places:
         if path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in path.read_text(encoding="utf-8-sig").splitlines():
                 name, equals, value = line.strip().partition("=")
                 if equals and not name.startswith("#"):
                     found[name] = " ".join(shlex.split(value))

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from neox import results
 from neox.errors import LaunchError, UserError
 from neox.launch.clock import STARTED, started
 from neox.launch.endings import ENDING, Insistence, exit_status, forwarded_signals
@@ -132,6 +133,7 @@ class _Workers:
         return subprocess.Popen(
             command,
             env=variables,
+            stdout=results.descriptor(),
             stdin=None if rank == 0 else subprocess.DEVNULL,
             process_group=None if self._shares_terminal(rank) else 0,
         )

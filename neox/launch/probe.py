@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from neox.results import print_result
 from neox.versions import commit, software
 
 ANSWER = "neox-answer "
@@ -122,7 +123,7 @@ def main(argv: list[str]) -> int:
     request = json.loads(argv[0])
     steps = {"look": look, "look_again": look_again, "tidy": tidy}
     answer = _attempt(partial(steps[request["step"]], request))
-    print(ANSWER + json.dumps(answer), flush=True)
+    print_result(ANSWER + json.dumps(answer), flush=True)
     return 0
 
 

@@ -9,9 +9,10 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from neox.launch.endings import EXIT_INTERRUPTED, forwarded_signals
-from neox.launch.main import EXIT_BROKEN_PIPE, EXIT_USER_ERROR
+from neox.launch.main import EXIT_USER_ERROR
 from neox.launch.reporting import tell
 from neox.launch.variables import RESTARTS
+from neox.results import EXIT_BROKEN_PIPE
 
 if TYPE_CHECKING:
     from neox.config import Config

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 
+from neox import results
 from neox.errors import LaunchError
 from neox.launch.endings import ENDING, Insistence, exit_status, forwarded_signals
 
@@ -98,7 +99,8 @@ class _Connections:
 
     def start(self, command: Sequence[str]) -> None:
         # A group of its own: Ctrl-C at the terminal must not cut the line before the program has saved its work.
-        self.processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, process_group=0))
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=results.descriptor(), process_group=0)
+        self.processes.append(process)
 
     def wait(self) -> int:
         first_failure, deadline = 0, float("inf")

@@ -5,8 +5,9 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
+from neox import results
 from neox.errors import LaunchError
-from neox.launch.hostfile import Pool, hostfile_path
+from neox.launch.hostfile import Pool, check_hostfile, hostfile_path
 from neox.launch.hosts import chosen_hosts, start_command, starter_of, wants_launcher
 from neox.launch.local import run_local
 from neox.launch.node import Node, detect_node
@@ -40,7 +41,8 @@ class Start:
             restarts: how often they are started again; only what starts all ranks of a run does so.
 
         Raises:
-            LaunchError: the hostfile is wrong, or chooses what is not there, or its launcher cannot start again.
+            LaunchError: the hostfile is missing or wrong, or chooses what is not there, or its launcher cannot start
+                again.
             ConfigError: no number of the hosts is one that an elastic run can use.
         """
         self._config = config
@@ -49,8 +51,10 @@ class Start:
         self._pool: Pool | None = None
         self._hosts: Pool = {}
         """Hosts of the file, of which an elastic run may use fewer."""
-        if self._node is None and wants_launcher(config):
-            self._choose_hosts()
+        if self._node is None:
+            check_hostfile(config, os.environ)
+            if wants_launcher(config):
+                self._choose_hosts()
         self._workers = self._node.workers(workers) if self._node else workers
         self.world_size = self._count()
         self.description = self._describe()
@@ -124,6 +128,6 @@ class Start:
 
 def _become(command: list[str]) -> NoReturn:
     """Go on as another program, so that every signal is its own: it knows how to end what it started elsewhere."""
-    sys.stdout.flush()
+    results.hand_over()
     sys.stderr.flush()
     os.execvp(command[0], command)

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from neox.launch.local import free_port
+from neox.results import print_result
 
 RUN = "NEOX_RUN"
 """Variable that every process of a run on the hosts of a file has: the run's own word."""
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> int:
             print(f"processes {', '.join(map(str, pids))} of the run do not end", file=sys.stderr)
             return 1
         time.sleep(_POLL_SECONDS)
-    print(free_port("0.0.0.0"))
+    print_result(free_port("0.0.0.0"))
     return 0
 
 

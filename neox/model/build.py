@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from neox.config import Config, LoraConfig, ModelConfig
+from neox.errors import CheckpointError
 from neox.model.init import initial_tensor
 from neox.model.layers import EMBEDDING_INDEX, Decoder, LayerSpec, layer_list
 from neox.model.lora import add_factors, with_fresh_factors
@@ -20,6 +21,7 @@ WeightSource = Callable[[str, torch.Size], torch.Tensor]
 """Gives the whole logical tensor of a canonical name and shape, on the CPU, in any floating dtype."""
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bfloat16": torch.bfloat16}
+WEIGHT_DTYPES = (torch.float64, *DTYPES.values())
 SINGLE = Mesh()
 
 
@@ -63,7 +65,7 @@ def build_layer(
         groups = row_groups(canonical, model)
         shard = take_shard(canonical, whole, rank=mesh.tensor_rank, size=mesh.tensor_size, groups=groups)
         with torch.no_grad():
-            parameter.copy_(shard)
+            parameter.copy_(in_dtype(canonical, shard, parameter.dtype))
         label_parameter(parameter, canonical, shapes[name], groups, mesh)
     for module in layer.modules():
         if isinstance(module, RotaryEmbedding):
@@ -74,6 +76,40 @@ def build_layer(
 
         sum_partial_gradients(layer, mesh, sequence_parallel=sequence_parallel)
     return layer
+
+
+def in_dtype(name: str, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Weights in another type. Infinities and NaN that were there before are kept.
+
+    Args:
+        name: of the parameter, for errors.
+        weights: in any floating type, on the CPU.
+        dtype: fp16, bf16, fp32 or fp64.
+
+    Raises:
+        CheckpointError: they are of a type whose numbers are no weights without more, an 8-bit float say, or `dtype`
+            cannot hold one of them.
+    """
+    if weights.dtype == dtype:
+        return weights
+    if weights.dtype not in WEIGHT_DTYPES:
+        kind = str(weights.dtype).removeprefix("torch.")
+        raise CheckpointError(f"{name}: is of type {kind}, as in quantised models; use the model in bf16, fp16 or fp32")
+    result = weights.to(dtype)
+    largest = torch.finfo(dtype).max
+    if largest < torch.finfo(weights.dtype).max and not all(map(torch.isfinite, _bounds(result))):
+        lost = weights[result.isinf() & weights.isfinite()]
+        if lost.numel():
+            raise CheckpointError(
+                f"{name}: holds {float(lost.abs().max()):.6g}, and the largest number of "
+                f"{str(dtype).removeprefix('torch.')} is {largest:.6g}; choose a precision with a wider range"
+            )
+    return result
+
+
+def _bounds(numbers: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Smallest and largest number, NaN where there is one; without memory of the size of the tensor."""
+    return tuple(torch.aminmax(numbers)) if numbers.numel() else ()
 
 
 def _cast(layer: nn.Module, dtype: torch.dtype, norm_dtype: torch.dtype) -> nn.Module:

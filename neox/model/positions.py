@@ -24,6 +24,17 @@ from torch import nn
 from neox.config import ModelConfig
 
 
+def longest_input(config: ModelConfig) -> int:
+    """Tokens of the longest input of a model: of the sequences it was made for, whatever a run trains on.
+
+    Angles that follow `seq_length` (dynamic NTK) are those of its inputs alone, so longer ones are not for it.
+    """
+    longest = max(config.seq_length, config.max_position_embeddings - config.opt_pos_emb_offset)
+    if (config.rope_scaling or {}).get("rope_type") == "dynamic":
+        return min(longest, max(config.seq_length, _trained_length(config)))
+    return longest
+
+
 def sinusoidal_table(positions: torch.Tensor, hidden_size: int) -> torch.Tensor:
     """Encode positions as sines and cosines (Vaswani et al. 2017, section 3.5).
 
@@ -125,11 +136,15 @@ def rotary_frequencies(config: ModelConfig, device: torch.device) -> tuple[torch
 
 def _dynamic_stretch(config: ModelConfig) -> float:
     """What the base grows by at `seq_length`; 1 up to the length trained on, by default `max_position_embeddings`."""
-    scaling = config.rope_scaling or {}
-    trained = scaling.get("original_max_position_embeddings", config.max_position_embeddings)
+    scaling, trained = config.rope_scaling or {}, _trained_length(config)
     factor, length = scaling["factor"], max(config.seq_length, trained)
     growth: float = factor * length / trained - (factor - 1)
     return growth ** (config.rotary_ndims / (config.rotary_ndims - 2))
+
+
+def _trained_length(config: ModelConfig) -> int:
+    scaling = config.rope_scaling or {}
+    return int(scaling.get("original_max_position_embeddings", config.max_position_embeddings))
 
 
 def _llama3(plain: torch.Tensor, scaling: dict[str, Any]) -> torch.Tensor:

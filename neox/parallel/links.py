@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from neox.errors import LaunchError
+from neox.results import print_result
 
 HOST_NAME = "NEOX_HOST"
 """Variable that holds this host's name in the list of hosts."""
@@ -143,7 +144,7 @@ def main(argv: list[str]) -> int:
         raise LaunchError(f"{host_name()}: the ranks do not meet ({str(error).splitlines()[0]})") from None
     found = measure(options.megabytes * _MEGABYTE, most_rounds=options.rounds, device=device)
     if found:
-        print(ANSWER + json.dumps(found), flush=True)
+        print_result(ANSWER + json.dumps(found), flush=True)
     dist.destroy_process_group()
     return 0
 

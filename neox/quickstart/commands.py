@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from neox import results
 from neox.errors import LaunchError
+from neox.results import print_result
 
 ROOT = Path(__file__).resolve().parents[2]
 """The repository, where the scripts and configurations are."""
@@ -30,10 +32,12 @@ def run_script(path: str, *arguments: str) -> None:
     Raises:
         LaunchError: it failed; what went wrong it has said itself.
     """
-    print(f"$ python {shlex.join([typed(ROOT / path), *arguments])}", flush=True)
+    print_result(f"$ python {shlex.join([typed(ROOT / path), *arguments])}", flush=True)
     threads = min(os.cpu_count() or 1, MOST_THREADS)
     environ = {"OMP_NUM_THREADS": str(threads), **os.environ}
-    status = subprocess.run([sys.executable, str(ROOT / path), *arguments], env=environ, check=False).returncode
+    status = subprocess.run(
+        [sys.executable, str(ROOT / path), *arguments], env=environ, stdout=results.descriptor(), check=False
+    ).returncode
     if status:
         raise LaunchError(f"{path} ended with status {status}; mend what it says above, then start again")
 
@@ -41,4 +45,4 @@ def run_script(path: str, *arguments: str) -> None:
 def show(purpose: str, command: str) -> None:
     """Print what a command of the repository is for and, below it, the command."""
     path, _, arguments = command.partition(" ")
-    print(f"  {purpose}\n    python {typed(ROOT / path)} {arguments}")
+    print_result(f"  {purpose}\n    python {typed(ROOT / path)} {arguments}")

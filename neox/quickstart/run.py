@@ -14,16 +14,20 @@ from neox.config import Config, load_config
 from neox.data import IndexedDataset
 from neox.data.preprocess import PreprocessOptions, preprocess
 from neox.data.tokenizers.train import save_tokenizer, train_bpe
+from neox.errors import ConfigError
+from neox.files import write_whole
 from neox.inference.loading import load_model
 from neox.parallel.mesh import Mesh
 from neox.quickstart.bits import HeldOutLoss, held_out_loss
 from neox.quickstart.commands import ROOT, run_script, show, typed
 from neox.quickstart.corpus import Corpus, build_corpus
 from neox.quickstart.pace import affordable_steps
+from neox.results import print_result
 from neox.training.origin import load_folder
-from neox.training.preflight import settle_vocabulary
+from neox.training.vocabulary import settle_vocabulary
 
 CONFIG = ROOT / "configs" / "quickstart.yml"
+HEADING = "# Written by the quickstart, for this machine; it completes "
 VOCABULARY = 8192
 STEPS = 7
 PROMPTS = ("def", "class", "import os\nimport sys\n", '    """Return')  # a space belongs to the token after it
@@ -93,16 +97,19 @@ def run_quickstart(
         What the trained model says of the held-out files.
 
     Raises:
-        UserError: a step cannot be done.
+        UserError: a step cannot be done, or the folder has files of others in it.
     """
     start = time.perf_counter()
+    _take_folder(run)
     with _step(1, "Corpus: the Python standard library"):
         corpus = build_corpus(run.out, library=library)
-        print(f"train     {corpus.train_files:4d} files, {corpus.train_bytes:10,d} bytes: {corpus.train}")
-        print(f"held out  {corpus.held_out_files:4d} files, {corpus.held_out_bytes:10,d} bytes: {corpus.held_out}")
+        print_result(f"train     {corpus.train_files:4d} files, {corpus.train_bytes:10,d} bytes: {corpus.train}")
+        print_result(
+            f"held out  {corpus.held_out_files:4d} files, {corpus.held_out_bytes:10,d} bytes: {corpus.held_out}"
+        )
     with _step(2, "Tokenizer: byte-level BPE, from the training files only"):
         save_tokenizer(train_bpe([corpus.train], vocab_size=vocab_size, nfkc=False), run.tokenizer)
-        print(f"{vocab_size:,} tokens: {run.tokenizer}")
+        print_result(f"{vocab_size:,} tokens: {run.tokenizer}")
     with _step(3, "Tokens: .bin and .idx files"):
         _tokenize(run, corpus)
         _write_local(run, corpus)
@@ -114,17 +121,28 @@ def run_quickstart(
         _sample(run)
     with _step(7, "Export to Hugging Face, compared with transformers"):
         _export(run)
-    print(f"\nDone in {time.perf_counter() - start:.0f} s: {loss.bits_per_byte:.3f} bits per byte on held-out files.\n")
+    print_result(
+        f"\nDone in {time.perf_counter() - start:.0f} s: {loss.bits_per_byte:.3f} bits per byte on held-out files.\n"
+    )
     _say_what_next(run, steps)
     return loss
 
 
+def _take_folder(run: Run) -> None:
+    """Mark the folder as a quickstart's, in which the files of an earlier one are replaced; nobody else's are."""
+    is_own = run.local.is_file() and run.local.read_text(encoding="utf-8").startswith(HEADING)
+    if not is_own and run.out.exists() and (not run.out.is_dir() or any(run.out.iterdir())):
+        raise ConfigError(f"--out {run.out}: is there already and was not made by a quickstart; name a new folder")
+    if not is_own:
+        write_whole(run.local, f"{HEADING}{typed(run.config)}\n")
+
+
 @contextmanager
 def _step(number: int, title: str) -> Iterator[None]:
-    print(f"\n[{number}/{STEPS}] {title}", flush=True)
+    print_result(f"\n[{number}/{STEPS}] {title}", flush=True)
     start = time.perf_counter()
     yield
-    print(f"      {time.perf_counter() - start:.1f} s", flush=True)
+    print_result(f"      {time.perf_counter() - start:.1f} s", flush=True)
 
 
 def _tokenize(run: Run, corpus: Corpus) -> None:
@@ -139,7 +157,7 @@ def _tokenize(run: Run, corpus: Corpus) -> None:
                 progress=False,
             )
         )
-        print(f"{summary.tokens['text']:10,d} tokens: {run.prefix(text)}.bin")
+        print_result(f"{summary.tokens['text']:10,d} tokens: {run.prefix(text)}.bin")
 
 
 def _write_local(run: Run, corpus: Corpus) -> None:
@@ -157,8 +175,7 @@ def _write_local(run: Run, corpus: Corpus) -> None:
         "num_gpus": 1,
         "precision": "bfloat16" if torch.cuda.is_available() else "fp32",
     }
-    heading = f"# Written by the quickstart, for this machine; it completes {typed(run.config)}\n"
-    run.local.write_text(heading + json.dumps(keys, indent=2) + "\n", encoding="utf-8")
+    run.local.write_text(f"{HEADING}{typed(run.config)}\n{json.dumps(keys, indent=2)}\n", encoding="utf-8")
 
 
 def _train(run: Run, seconds: float) -> int:
@@ -169,7 +186,7 @@ def _train(run: Run, seconds: float) -> int:
     if steps != wanted or load_folder(config) is not None:
         changes = [f"train_iters={steps}", "override_lr_scheduler=true"]
     if steps != wanted:
-        print(f"{wanted} steps would take more than {seconds:.0f} s on this machine: training {steps}")
+        print_result(f"{wanted} steps would take more than {seconds:.0f} s on this machine: training {steps}")
     run_script("train.py", *run.files, *changes)
     return steps
 
@@ -188,9 +205,11 @@ def _evaluate(run: Run, corpus: Corpus) -> HeldOutLoss:
         text_bytes=corpus.held_out_bytes,
         stride=stride,
     )
-    print(f"{loss.bits_per_byte:.4f} bits per byte: {loss.nats:,.0f} nats, {loss.text_bytes:,} bytes of text")
-    print(f"every one of {loss.tokens:,} tokens, the {len(documents)} ends of documents included, in windows of")
-    print(f"{config.model.seq_length} tokens that advance by {stride}; {loss.nats / loss.tokens:.4f} nats a token")
+    print_result(f"{loss.bits_per_byte:.4f} bits per byte: {loss.nats:,.0f} nats, {loss.text_bytes:,} bytes of text")
+    print_result(f"every one of {loss.tokens:,} tokens, the {len(documents)} ends of documents included, in windows of")
+    print_result(
+        f"{config.model.seq_length} tokens that advance by {stride}; {loss.nats / loss.tokens:.4f} nats a token"
+    )
     return loss
 
 
@@ -201,9 +220,9 @@ def _sample(run: Run) -> None:
     run_script("generate.py", *run.files, *options, "--top_p", "0.95")
     for line in run.samples.read_text(encoding="utf-8").splitlines():
         sample = json.loads(line)
-        print("-" * 80)
-        print(sample["context"] + sample["text"])
-    print("-" * 80)
+        print_result("-" * 80)
+        print_result(sample["context"] + sample["text"])
+    print_result("-" * 80)
 
 
 def _export(run: Run) -> None:
@@ -214,10 +233,10 @@ def _export(run: Run) -> None:
 
 
 def _say_what_next(run: Run, steps: int) -> None:
-    print(
+    print_result(
         f"Everything is in {run.out}: corpus, tokenizer, tokens, checkpoints, samples, and the export in {run.export}."
     )
-    print("What to type next:")
+    print_result("What to type next:")
     files = " ".join(run.files)
     show("train on, to twice the length", f"train.py {files} train_iters={2 * steps} override_lr_scheduler=true")
     show(

@@ -78,7 +78,6 @@ class BatchMaker:
         mesh: this rank's place and device.
         accumulation: micro-batches of a step.
         mask_after: see `micro_batch`.
-        document_end: see `micro_batch`.
         curriculum: shorter sequences at the beginning of training; None for none.
         ramp: fewer micro-batches a step at the beginning of training; None for none.
     """
@@ -86,7 +85,6 @@ class BatchMaker:
     mesh: Mesh
     accumulation: int
     mask_after: int | None = None
-    document_end: int | None = None
     curriculum: Curriculum | None = None
     ramp: BatchRamp | None = None
 
@@ -108,15 +106,7 @@ class BatchMaker:
         for _ in range(count):
             item = next(loader)
             pulse()  # a slow loader gets on as well
-            made.append(
-                micro_batch(
-                    item,
-                    device=self.mesh.device,
-                    mask_after=self.mask_after,
-                    document_end=self.document_end,
-                    length=length,
-                )
-            )
+            made.append(micro_batch(item, device=self.mesh.device, mask_after=self.mask_after, length=length))
         return global_batch(made, self.mesh)
 
 
@@ -125,22 +115,23 @@ def micro_batch(
     *,
     device: torch.device,
     mask_after: int | None,
-    document_end: int | None = None,
     length: int | None = None,
 ) -> MicroBatch:
     """Shift a row of S+1 tokens into inputs and labels.
 
     Args:
-        item: `tokens`, int64 [B, S+1]; optionally `labels`, int64 [B, S+1] with negative values where masked.
+        item: `tokens`, int64 [B, S+1]; optionally `labels`, int64 [B, S+1] with negative values where masked, and
+            `documents`, int64 [B, S+1], the numbers of the documents that do not see each other (`document_masking`).
         device: where the model is.
         mask_after: id of an input token whose prediction does not count (`eod_mask_loss`), None for none.
-        document_end: id of the token that ends a document (`document_masking`), None for rows of one document.
         length: inputs to keep of each row, S where None.
     """
     kept = slice(None if length is None else length + 1)
     rows = item["tokens"][:, kept].to(device, non_blocking=True)
     tokens = rows[:, :-1].contiguous()
-    context = None if document_end is None else document_context(tokens, document_end)
+    context = None
+    if "documents" in item:
+        context = document_context(item["documents"][:, kept][:, :-1].to(device, non_blocking=True))
     if "labels" not in item and mask_after is None:
         return MicroBatch(tokens, rows[:, 1:].contiguous(), None, context)
     labels = item.get("labels", item["tokens"])[:, kept].to(device, non_blocking=True)[:, 1:]
@@ -150,25 +141,21 @@ def micro_batch(
     return MicroBatch(tokens, labels.clamp(min=0).contiguous(), counted.float(), context)
 
 
-def document_context(tokens_BS: torch.Tensor, document_end: int) -> AttentionContext:
-    """Number the documents of each row from 0, and each token from 0 within its document.
+def document_context(documents_BS: torch.Tensor) -> AttentionContext:
+    """Number the tokens of each document from 0.
 
-    A document ends with `document_end`, which belongs to it. A row that begins or ends within a document holds a piece
-    of it, and the piece is treated as a document.
+    A row that begins or ends within a document holds a piece of it, and the piece is treated as a document.
 
     Args:
-        tokens_BS: int64 inputs.
-        document_end: id of the token that ends a document.
+        documents_BS: int64, the number of each token's document within its row; those of a document lie side by side.
 
     Returns:
-        `documents_BS` and `positions_BS`, int64, on the device of the tokens; nothing waits for it.
+        `documents_BS` and `positions_BS`, int64, on the device of the numbers; nothing waits for it.
     """
-    ends_BS = tokens_BS == document_end
-    documents_BS = ends_BS.cumsum(1) - ends_BS.long()
-    places_S = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
-    starts_BS = torch.where(ends_BS.roll(1, dims=1), places_S, 0)  # what is rolled to the front is at place 0 anyway
-    positions_BS = places_S - starts_BS.cummax(1).values
-    return AttentionContext(positions_BS=positions_BS, documents_BS=documents_BS)
+    places_S = torch.arange(documents_BS.shape[1], device=documents_BS.device)
+    is_first_BS = documents_BS != documents_BS.roll(1, dims=1)  # of place 0 it does not matter: its position is 0
+    starts_BS = torch.where(is_first_BS, places_S, 0)
+    return AttentionContext(positions_BS=places_S - starts_BS.cummax(1).values, documents_BS=documents_BS.contiguous())
 
 
 def documents_of(context: AttentionContext) -> tuple[torch.Tensor, torch.Tensor]:

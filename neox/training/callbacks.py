@@ -16,6 +16,7 @@ from neox.training.metrics.loggers import MetricLog
 from neox.training.metrics.throughput import Throughput, device_peak_tflops
 from neox.training.saving import Saver, is_save_point, is_saved_after
 from neox.training.schedule import LRSchedule
+from neox.training.team import tell
 from neox.training.validation import Evaluator, evaluations_before
 from neox.watch import at_step
 
@@ -43,11 +44,13 @@ class Metrics:
         self.mesh = mesh = engine.mesh
         self.log = log
         self.peak = config.logging.peak_theoretical_tflops or _device_peak(config, mesh)
+        self.said_nothing_labelled = False
         self._restart()
 
     def _restart(self) -> None:
         """Begin the time between two reports."""
         self.losses: list[torch.Tensor] = []
+        self.tokens: list[torch.Tensor] = []
         self.figures: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
         self.samples: Counter[int] = Counter()
         self.updated: list[int] = []
@@ -63,6 +66,7 @@ class Metrics:
         if not step.skipped:
             self.updated.append(len(self.losses))
         self.losses.append(step.loss)
+        self.tokens.append(step.tokens)
         for name, value in step.figures.items():
             self.figures[name].append(value)
         self.samples[step.length] += step.samples
@@ -75,12 +79,12 @@ class Metrics:
         self._restart()
 
     def _report(self, step: Step) -> dict[str, float]:
-        figures = {
-            "train/lm_loss": self._mean(self.losses),
-            "train/learning_rate": step.learning_rate,
-            "train/skipped_iterations": len(self.losses) - len(self.updated),
-        }
-        figures |= {f"train/{name}": self._mean(values) for name, values in self.figures.items()}
+        counted = self._counted()
+        figures = {"train/lm_loss": _mean(self.losses, counted)} if counted else {}
+        figures["train/learning_rate"] = step.learning_rate
+        figures["train/skipped_iterations"] = len(self.losses) - len(self.updated)
+        if counted:
+            figures |= {f"train/{name}": _mean(values, counted) for name, values in self.figures.items()}
         figures["train/nan_iterations"] = int(torch.stack(self.losses).isnan().sum())
         if self.config.batch.rampup_batch_size is not None:
             figures["train/batch_size"] = step.samples
@@ -92,9 +96,20 @@ class Metrics:
             figures["train/loss_scale"] = float(self.engine.loss_scale or 0.0)
         return figures | self._speed().metrics()
 
-    def _mean(self, values: list[torch.Tensor]) -> float:
-        """Over the steps that updated the weights; over all where none did."""
-        return float(torch.stack([values[step] for step in self.updated] or values).mean())
+    def _counted(self) -> list[int]:
+        """The steps that means are over: those that updated the weights, or all where none did; with a token to learn.
+
+        The others say so, once.
+        """
+        tokens = torch.stack(self.tokens).tolist()
+        if not self.said_nothing_labelled and (empty := tokens.count(0.0)):
+            self.said_nothing_labelled = True
+            tell(
+                self.mesh,
+                f"no labelled token in {empty} of the last {len(tokens)} steps: they count in no mean, and teach "
+                "nothing; look at the labels of the training data",
+            )
+        return [step for step in self.updated or range(len(tokens)) if tokens[step] > 0]
 
     def _speed(self) -> Throughput:
         return Throughput(
@@ -107,6 +122,10 @@ class Metrics:
             checkpoint_activations=self.config.training.checkpoint_activations,
             peak_tflops=self.peak,
         )
+
+
+def _mean(values: list[torch.Tensor], steps: list[int]) -> float:
+    return float(torch.stack([values[step] for step in steps]).mean())
 
 
 def mean_flops(model: ModelConfig, samples: Mapping[int, int]) -> TokenFlops:
@@ -146,8 +165,7 @@ class Evaluation:
         """Evaluate when due."""
         config, iteration = self.evaluator.engine.config, step.progress.iteration
         if iteration % config.training.eval_interval == 0:
-            figures = self.evaluator.run(evaluations_before(config, iteration))
-            self.log.log(iteration, {f"validation/{name}": value for name, value in figures.items()})
+            self.evaluator.report(self.log, iteration, evaluations_before(config, iteration))
 
 
 class Checkpoints:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from neox.checkpoint.native.lineage import Lineage
 from neox.config import Config, deepspeed_dict
 from neox.model.experts import Experts
 from neox.parallel.mesh import Mesh
@@ -27,6 +28,7 @@ class Engine(ABC):
         deepspeed: the DeepSpeed engine underneath.
         objective: what is minimised.
         figures: what it measured beside the loss in the last step or evaluation, means over all ranks.
+        lineage: the run, as its checkpoints name it.
     """
 
     config: Config
@@ -34,6 +36,7 @@ class Engine(ABC):
     deepspeed: Any
     objective: Objective = NextToken()
     figures: Figures = MappingProxyType({})
+    lineage: Lineage = Lineage()
     watchers: tuple[Callable[[], None], ...] = ()
 
     @abstractmethod

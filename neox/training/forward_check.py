@@ -80,8 +80,8 @@ def _fixed_batches(engine: Engine) -> Iterator[GlobalBatch]:
     shape = (_SEQUENCES, config.model.seq_length + 1)
     sequences = torch.randint(config.model.padded_vocab_size, shape, generator=generator)
     rows = config.batch.train_micro_batch_size_per_gpu
-    # With document_masking the stages of a pipeline pass documents on: here the row is one.
-    no_end = -1 if config.data.document_masking else None
     for sequence in sequences:
         item = {"tokens": sequence.expand(rows, -1)}
-        yield global_batch([micro_batch(item, device=mesh.device, mask_after=None, document_end=no_end)], mesh)
+        if config.data.document_masking:  # then the stages of a pipeline pass documents on: here the row is one
+            item["documents"] = torch.zeros_like(item["tokens"])
+        yield global_batch([micro_batch(item, device=mesh.device, mask_after=None)], mesh)

@@ -26,6 +26,8 @@ class Step:
         skipped: whether the update was left out, by fp16 overflow or a guard.
         samples: sequences it trained on, over all data-parallel ranks.
         length: tokens of each.
+        tokens: those that its loss is a mean over (see `GlobalBatch`), fp32 scalar on the device; 0 where none of them
+            is labelled, and then the loss, 0, says nothing.
         is_last: whether this process ends after it.
         figures: what the objective measured beside the loss, by name.
     """
@@ -37,6 +39,7 @@ class Step:
     skipped: bool
     samples: int
     length: int
+    tokens: torch.Tensor
     is_last: bool = False
     figures: Figures = field(default_factory=dict)
 
@@ -150,6 +153,7 @@ def training_loop(run: Run, progress: Progress, callbacks: Sequence[Callback]) -
             skipped,
             samples=batch.samples,
             length=batch.length,
+            tokens=batch.token_count,
             is_last=is_last,
             figures=run.engine.figures,
         )

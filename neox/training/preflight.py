@@ -2,8 +2,6 @@
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.op_builder import AsyncIOBuilder
@@ -11,24 +9,25 @@ from deepspeed.ops.op_builder import AsyncIOBuilder
 from neox.checkpoint.conversion.export import check_exportable
 from neox.checkpoint.huggingface import HuggingFaceReader
 from neox.checkpoint.meta_llama import MetaLlamaReader
-from neox.checkpoint.open import open_checkpoint
 from neox.checkpoint.weights import WeightReader, check_shape, check_vocabulary, missing_tensor
 from neox.config import Config
-from neox.config.data import SPLITS
-from neox.data import build_tokenizer, padded_vocab_size
-from neox.data.completions import completion_sources
-from neox.data.indexed import IndexedDataset
+from neox.config.deepspeed import DeepSpeedConfig
+from neox.config.resolve_deepspeed import offload_device
+from neox.data import build_tokenizer
+from neox.data.probe import check_data, data_remarks, has_tokenizer
 from neox.errors import ConfigError
 from neox.launch.hosts import has_hostfile
+from neox.launch.restarts import times_restarted
 from neox.model.build import meta_decoder
 from neox.model.head import is_reward_head
-from neox.patience import Patience
 from neox.training.deepspeed_settings import check_settings
+from neox.training.lineage import check_save, lineage_of, resumed_at
 from neox.training.objectives.build import check_objective
-from neox.training.origin import load_folder, origin_of
-from neox.training.resumption import expected
+from neox.training.origin import origin_of
+from neox.training.resumption import expected, may_be_restarted
 from neox.training.run import agreed_schedule, cuda_device_count, with_iterations
-from neox.training.uploads import check_store
+from neox.training.uploads import check_copies, check_store
+from neox.training.vocabulary import settle_vocabulary
 
 
 def prepare(config: Config) -> Config:
@@ -46,17 +45,21 @@ def prepare(config: Config) -> Config:
     if config.parallel.world_size is not None:
         check_settings(config)
     config = settle_vocabulary(config)
-    _open_data(config)
+    check_data(config)
     if config.checkpoint.save is not None and config.checkpoint.save_hf:
         check_exportable(config)
-    check_store(config.checkpoint)
-    _check_origin(expected(config, os.environ))
+    if not times_restarted(os.environ):  # later a store out of reach is no mistake: each upload that fails warns
+        check_store(config.checkpoint)
+    _check_origin(expected(config, os.environ), is_agreed=not may_be_restarted(config, os.environ))
     return config
 
 
-def _check_origin(config: Config) -> None:
-    """Open what the run starts from, and see that it fits."""
+def _check_origin(config: Config, *, is_agreed: bool) -> None:
+    """Open what the run starts from, and see that it fits, and that `save` has room for what it writes."""
     origin = origin_of(config)
+    if is_agreed and config.training.do_train:
+        check_save(config, origin)
+        check_copies(config.checkpoint, lineage_of(config, origin), start=resumed_at(config, origin))
     check_objective(config, origin)
     if origin is not None:
         agreed_schedule(with_iterations(config), origin.run)
@@ -70,8 +73,7 @@ def remarks(config: Config) -> Iterator[str]:
     What it starts from is told by the ranks, who agree on it (`neox.training.resumption`).
     """
     yield from config.notices
-    if config.launch.hostfile is not None and not has_hostfile(config):
-        yield f"hostfile {config.launch.hostfile}: no such file, starting on this machine alone"
+    yield from data_remarks(config)
     if config.evaluation.eval_tasks:
         yield "eval_tasks: not run while training; run evaluate.py with the same files"
     if config.logging.memory_profiling and _is_without_gpu(config):
@@ -81,7 +83,7 @@ def remarks(config: Config) -> Iterator[str]:
 def _check_device(config: Config) -> None:
     """Refuse what only a GPU can do."""
     zero = config.deepspeed.zero_optimization or {}
-    _check_drives(zero)
+    _check_drives(config.deepspeed)
     if _is_without_gpu(config):
         if config.model.precision == "fp16" and not get_accelerator().is_fp16_supported():
             raise ConfigError(
@@ -92,11 +94,11 @@ def _check_device(config: Config) -> None:
                 raise ConfigError(f"zero_optimization.{key}: its kernels need CUDA, and there is none here; remove it")
 
 
-def _check_drives(zero: dict[str, Any]) -> None:
+def _check_drives(deepspeed: DeepSpeedConfig) -> None:
     """Refuse offload to a drive where DeepSpeed cannot build the code that reads and writes it."""
-    for key in ("offload_optimizer", "offload_param"):
-        if (zero.get(key) or {}).get("device") == "nvme" and not AsyncIOBuilder().is_compatible(verbose=False):
-            place = f"zero_optimization.{key}.device"
+    for what in ("optimizer", "param"):
+        if offload_device(deepspeed, what) == "nvme" and not AsyncIOBuilder().is_compatible(verbose=False):
+            place = f"zero_optimization.offload_{what}.device"
             raise ConfigError(f"{place}: 'nvme' needs DeepSpeed's async_io, which needs libaio; set device: cpu")
 
 
@@ -105,42 +107,10 @@ def _is_without_gpu(config: Config) -> bool:
     return cuda_device_count() == 0 and not has_hostfile(config)
 
 
-def settle_vocabulary(config: Config) -> Config:
-    """Fix the softmax's size: the configuration's, the checkpoint's, or the tokenizer's padded as upstream does."""
-    if config.model.padded_vocab_size is not None:
-        return config
-    folder = load_folder(expected(config, os.environ))
-    if folder is not None:
-        return config.with_vocabulary(open_checkpoint(folder).padded_vocab_size)
-    tokenizer = build_tokenizer(config.tokenizer)
-    return config.with_vocabulary(
-        padded_vocab_size(
-            tokenizer.vocab_size,
-            divisible_by=config.model.make_vocab_size_divisible_by,
-            model_parallel_size=config.parallel.model_parallel_size,
-        )
-    )
-
-
 def _check_vocabulary(config: Config, weights: WeightReader) -> None:
     """See that the checkpoint has a row for each token, where the tokenizer is at hand; training needs none."""
-    settings = config.tokenizer
-    has_file = settings.vocab_file is not None and Path(settings.vocab_file).is_file()
-    if has_file or settings.tokenizer_type == "CharLevelTokenizer":
+    if has_tokenizer(config):
         check_vocabulary(weights, build_tokenizer(config.tokenizer).vocab_size)
-
-
-def _open_data(config: Config) -> None:
-    """Open every file of the data, which checks them."""
-    data = config.data
-    paths = [getattr(data, f"{split}{kind}_data_paths") for split in SPLITS for kind in ("", "_label")]
-    for prefix in [data.data_path, *(path for given in paths for path in given or ())]:
-        if prefix:
-            IndexedDataset(prefix, data_impl=data.data_impl, patience=Patience(config.reliability.retry_time))
-    for split in SPLITS if config.preference.is_on and config.comparison.dataset_impl != "online" else ():
-        completion_sources(config, split)
-    if config.data.eod_mask_loss or config.data.document_masking or config.training.char_level_ppl:
-        build_tokenizer(config.tokenizer)
 
 
 def check_shapes(config: Config, weights: WeightReader) -> None:

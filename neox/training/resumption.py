@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from neox.checkpoint.native.fallback import checkpoint_to_load
-from neox.checkpoint.native.manifest import MANIFEST, checkpoint_folder, is_native
+from neox.checkpoint.native.manifest import MANIFEST, checkpoint_folder, is_native, numbered_folders
 from neox.config import Config
 from neox.errors import CheckpointError
 from neox.launch.restarts import times_restarted
@@ -50,8 +50,13 @@ def expected(config: Config, environ: Mapping[str, str]) -> Config:
     looked at again.
     """
     config = going_on(config, restarted=times_restarted(environ) > 0)
-    may_be_restarted = environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and config.checkpoint.load is not None
-    return config.passing_over_damage() if may_be_restarted and config.reliability.auto_resume is None else config
+    passes = may_be_restarted(config, environ) and config.checkpoint.load is not None
+    return config.passing_over_damage() if passes else config
+
+
+def may_be_restarted(config: Config, environ: Mapping[str, str]) -> bool:
+    """Whether this may be a restart, which `auto_resume` leaves to the launcher, and only other ranks know of it."""
+    return config.reliability.auto_resume is None and environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
 
 
 def agree_on_origin(config: Config, mesh: Mesh) -> Config:
@@ -96,8 +101,8 @@ def _note_beginning(config: Config) -> None:
         return
     try:
         newest = checkpoint_folder(Path(save))
-    except CheckpointError:  # the one that `latest` names is not there
-        newest = None
+    except CheckpointError:  # `latest` is lost, or what it names
+        newest = next(reversed(numbered_folders(Path(save)).values()), None)
     if newest is not None and newest != load_folder(config):
         (Path(save) / BEGUN).touch()
 

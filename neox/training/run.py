@@ -30,6 +30,7 @@ from neox.training.guards.guard import Guards
 from neox.training.guards.left_out import LeftOut
 from neox.training.guards.record import SkipLog
 from neox.training.guards.rewind import Rewinder
+from neox.training.lineage import agree_on_lineage
 from neox.training.loaders import micro_batches
 from neox.training.logs.files import NoteStep
 from neox.training.logs.output import logged_output
@@ -88,8 +89,8 @@ class _Parts:
     batches: BatchMaker
     tokenizer: Tokenizer | None
 
-    def evaluator(self, dataset: SampleSource | OnlineDataset) -> Evaluator:
-        return Evaluator(self.engine, dataset, self.batches, self.tokenizer)
+    def evaluator(self, name: str, dataset: SampleSource | OnlineDataset) -> Evaluator:
+        return Evaluator(name, self.engine, dataset, self.batches, self.tokenizer)
 
     def loader(self, progress: Progress) -> Iterator[Batch]:
         return train_loader(self.config, self.mesh, self.data, progress.consumed_samples, progress.left_out)
@@ -104,13 +105,14 @@ def _train(config: Config, mesh: Mesh, signals: Signals) -> Outcome:
     keep_record(config, mesh, progress)
     tokenizer = build_tokenizer(config.tokenizer) if config.training.char_level_ppl else None
     parts = _Parts(config, mesh, data, engine, schedule, batch_maker(config, mesh), tokenizer)
+    if line := idle_remark(config, progress.iteration):
+        tell(mesh, line)
     ending = None
     with MetricLog.from_config(config, rank=mesh.rank) as log:
         if config.training.do_train and data.train is not None:
             progress, ending = _train_on(parts, progress, log, signals)
         if data.test is not None and config.training.do_test and progress.iteration == config.training.train_iters:
-            figures = parts.evaluator(data.test).run(0)
-            log.log(progress.iteration, {f"test/{name}": value for name, value in figures.items()})
+            parts.evaluator("test", data.test).report(log, progress.iteration, 0)
     return Outcome(progress, status=ending.conclude(progress) if ending is not None else 0)
 
 
@@ -147,7 +149,7 @@ def _measurements(parts: _Parts, log: MetricLog, last: int) -> list[Callback]:
     """What is evaluated, watched and profiled on the way."""
     found: list[Callback] = []
     if parts.data.valid is not None and parts.config.training.do_valid:
-        found.append(Evaluation(parts.evaluator(parts.data.valid), log))
+        found.append(Evaluation(parts.evaluator("validation", parts.data.valid), log))
     return found + monitors(parts.engine, log, last_iteration=last) + profilers(parts.engine, log, last_iteration=last)
 
 
@@ -162,15 +164,17 @@ def start_or_resume(config: Config, mesh: Mesh) -> tuple[Engine, Progress, LRSch
     """Build the engine from fresh weights, from a checkpoint's weights, or as a checkpoint's run left it.
 
     Raises:
-        CheckpointError: if `load` cannot be used as asked.
+        CheckpointError: if `load` or `save` cannot be used as asked.
     """
     origin = origin_of(config, thorough_check(mesh))
+    lineage = agree_on_lineage(config, mesh, origin)
     for line in told(config, origin) if mesh.rank == 0 else ():
         tell(mesh, line)
     run = origin.run if origin else None
     schedule = agreed_schedule(config, run)
     weights = with_fresh_reward_head(weights_of(origin, config), config, origin)
     engine = build_engine(config, mesh, weights, build_objective(config, mesh, origin))
+    engine.lineage = lineage
     return engine, resume_run(engine, run) if run else Progress(), schedule
 
 
@@ -198,20 +202,19 @@ def build_engine(config: Config, mesh: Mesh, source: WeightSource, objective: Ob
 def batch_maker(config: Config, mesh: Mesh) -> BatchMaker:
     """How a step's batch is made."""
     data = config.data
-    end = build_tokenizer(config.tokenizer).eod if data.eod_mask_loss or data.document_masking else None
+    end = build_tokenizer(config.tokenizer).eod if data.eod_mask_loss else None
     if config.preference.is_on:
         return ScoredBatchMaker(
             mesh,
             config.batch.gradient_accumulation_steps,
-            mask_after=end if data.eod_mask_loss else None,
+            mask_after=end,
             ramp=BatchRamp.from_config(config),
             mean_over_tokens=config.preference.train_impl == "reinforce",
         )
     return BatchMaker(
         mesh,
         config.batch.gradient_accumulation_steps,
-        mask_after=end if data.eod_mask_loss else None,
-        document_end=end if data.document_masking else None,
+        mask_after=end,
         curriculum=curriculum_of(config),
         ramp=BatchRamp.from_config(config),
     )
@@ -224,6 +227,16 @@ def train_loader(
     assert data.train is not None, "there are training data"
     workers = config.data.num_workers
     return micro_batches(data.train, config, mesh, start=consumed, left_out=left_out, num_workers=workers)
+
+
+def idle_remark(config: Config, start: int) -> str:
+    """Why a run that stands at iteration `start` trains no step; empty where it trains."""
+    end = config.training.train_iters
+    if not config.training.do_train:
+        return f"no step is trained: do_train is false; the run stands at iteration {start}"
+    if end is not None and start >= end:
+        return f"no step is trained: the run stands at iteration {start}, and train_iters is {end}"
+    return ""
 
 
 def last_iteration(config: Config, start: int) -> int:

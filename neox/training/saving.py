@@ -98,13 +98,14 @@ class Saver:
             team=team,
             patience=Patience(config.reliability.retry_time),
             keep=settings.keep_last_n_checkpoints,
+            lineage=self.engine.lineage,
             tell=partial(tell, mesh),
         )
         warning = self._uploads.upload(folder, team) if self._uploads is not None else None
         if warning is not None:
             tell(mesh, warning)
         if settings.keep_last_n_checkpoints and mesh.rank == 0:
-            prune_checkpoints(folder.parent, settings.keep_last_n_checkpoints)
+            prune_checkpoints(folder.parent, settings.keep_last_n_checkpoints, self.engine.lineage)
         self.newest = manifest.progress.iteration
         self.longest = max(self.longest or 0.0, time.monotonic() - begun)
 
@@ -124,6 +125,8 @@ def _manifest(engine: Engine, progress: Progress, schedule: LRSchedule) -> Manif
         config=config.to_flat() | _settled(engine),
         environment=provenance(config) if mesh.rank == 0 else {},  # whose manifest is the one that is written
         forward_losses=forward_losses(engine),
+        run=engine.lineage.run,
+        lineage=list(engine.lineage.parents),
         files={},
         tensors={},
     )

@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
+from neox.checkpoint.native.lineage import Lineage
+from neox.checkpoint.native.manifest import listed
 from neox.checkpoint.native.s3 import S3Folder, upload_checkpoint
 from neox.checkpoint.native.store import Team
 from neox.config.training import CheckpointConfig
+from neox.errors import CheckpointError
 
 
 class Uploads:
@@ -44,3 +47,25 @@ def check_store(settings: CheckpointConfig) -> None:
     """
     if settings.s3_path is not None:
         S3Folder(settings.s3_path, part_bytes=settings.s3_chunk_size, attempts=2).check()
+
+
+def check_copies(settings: CheckpointConfig, lineage: Lineage, start: int | None) -> None:
+    """See before a run that it replaces no other run's copies.
+
+    Args:
+        settings: where to.
+        lineage: the run.
+        start: the iteration that it goes on from; None for a run that begins, of which nothing can be there.
+
+    Raises:
+        CheckpointError: it would.
+        ConfigError: the store does not tell.
+    """
+    if settings.s3_path is None or settings.save is None:
+        return
+    target = S3Folder(settings.s3_path, part_bytes=settings.s3_chunk_size)
+    others = target.others(Path(settings.save).resolve().name, lineage, start=start)
+    if others:
+        raise CheckpointError(
+            f"s3_path {settings.s3_path}: holds {listed(others)} of another run; name another s3_path or save"
+        )

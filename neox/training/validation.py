@@ -14,6 +14,8 @@ from neox.data.online import OnlineDataset
 from neox.training.batches import BatchMaker, GlobalBatch
 from neox.training.engine import Engine
 from neox.training.loaders import micro_batches
+from neox.training.metrics.loggers import MetricLog
+from neox.training.team import tell
 from neox.watch import phase
 
 
@@ -22,16 +24,26 @@ class Evaluator:
     """Runs `eval_iters` batches of a dataset through the model.
 
     Attributes:
+        name: "validation" or "test".
         engine: the model.
         dataset: held-out samples.
         batches: makes the batches.
         tokenizer: given where the perplexity per character is asked for (`char_level_ppl`).
     """
 
+    name: str
     engine: Engine
     dataset: SampleSource | OnlineDataset
     batches: BatchMaker
     tokenizer: Tokenizer | None = None
+
+    def report(self, log: MetricLog, iteration: int, number: int) -> None:
+        """Log evaluation `number`, or say that there is nothing to measure."""
+        figures = self.run(number)
+        if figures:
+            log.log(iteration, {f"{self.name}/{name}": value for name, value in figures.items()})
+        else:
+            tell(self.engine.mesh, f"{self.name} at iteration {iteration}: no labelled token, so there is no loss")
 
     @phase("evaluating")
     def run(self, number: int) -> dict[str, float]:
@@ -40,7 +52,7 @@ class Evaluator:
         Returns:
             `lm_loss`, nats per token over all unmasked tokens of all batches; `lm_loss_ppl`, its exponential; and
             where asked for `lm_loss_char_lvl_ppl`, exp(lm_loss x tokens / characters). Of another objective (see
-            `train_impl`) its loss, and means of what it measures.
+            `train_impl`) its loss, and means of what it measures. Nothing where no token is labelled.
         """
         config, mesh = self.engine.config, self.engine.mesh
         per_evaluation = config.training.eval_iters * config.batch.train_batch_size
@@ -55,12 +67,14 @@ class Evaluator:
                 measured[name] += value / config.training.eval_iters
             tokens += batch.token_count
             characters += self._characters(batch)
-        mean = float(loss / tokens.clamp(min=1.0))
+        if tokens == 0:
+            return {}
+        mean = float(loss / tokens)
         if config.preference.is_on:  # no perplexity then
             return {"lm_loss": mean} | {name: float(value) for name, value in measured.items()}
         figures = {"lm_loss": mean, "lm_loss_ppl": perplexity(mean)}
-        if self.tokenizer is not None:
-            figures["lm_loss_char_lvl_ppl"] = perplexity(float(loss / characters.clamp(min=1.0)))
+        if self.tokenizer is not None and characters > 0:
+            figures["lm_loss_char_lvl_ppl"] = perplexity(float(loss / characters))
         return figures
 
     def _characters(self, batch: GlobalBatch) -> torch.Tensor:

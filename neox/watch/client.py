@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
+from neox import results
+from neox.errors import UserError
 from neox.launch.endings import EXIT_LOST
 from neox.watch import signs
 from neox.watch.report import own_lines
@@ -113,7 +115,7 @@ class Client:
             self._write(encode("standing", **self._standing()))
         elif message["kind"] == "end":
             if self._failure is None or (self._is_broken() and self._post.rank not in message["culprits"]):
-                end_now()
+                end_now(message["status"])
             self._is_judged = True
             if self._writer is not None:
                 self._writer.close()
@@ -144,7 +146,9 @@ class Client:
         """
         what = " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_REASON]
         standing = signs.standing(self._idleness.look(), error.__traceback__)
-        self._failure = {"kind": kind, "what": what, "standing": standing}
+        # A mistake is one for all ranks: who starts the run again would only meet it again.
+        status = UserError.exit_status if getattr(error, "exit_status", None) == UserError.exit_status else EXIT_LOST
+        self._failure = {"kind": kind, "what": what, "status": status, "standing": standing}
         self._farewell = encode(**self._failure)
         self._say_farewell()
 
@@ -166,16 +170,16 @@ def say(text: str) -> None:
     _for_a_moment(show)
 
 
-def end_now() -> NoReturn:
+def end_now(status: int = EXIT_LOST) -> NoReturn:
     """End this process, whatever its main thread hangs in."""
 
     def flush() -> None:
-        for stream in (sys.stdout, sys.stderr):
+        for stream in (results.stream(), sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
 
     _for_a_moment(flush)
-    os._exit(EXIT_LOST)
+    os._exit(status)
 
 
 def _for_a_moment(function: Callable[[], None]) -> None:

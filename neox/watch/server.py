@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from neox.launch.endings import EXIT_LOST
 from neox.watch.report import places, ranks
 from neox.watch.verdict import holding_up
 from neox.watch.wire import Message, encode, keep_from_children, receive
@@ -35,6 +36,7 @@ class Peer:
         state: running; left, as it should; failed, by an exception of its own; broken, by a collective's; died;
             silent.
         what: the exception.
+        status: with which the others end if they end because of it.
         writer: its connection.
     """
 
@@ -46,6 +48,7 @@ class Peer:
     standing: Message | None = None
     state: str = "running"
     what: str = ""
+    status: int = EXIT_LOST
     writer: asyncio.StreamWriter | None = None
 
     def send(self, message: bytes) -> None:
@@ -128,6 +131,7 @@ class Server:
         elif kind in ("left", "failed", "broken") and peer.state == "running":
             peer.state, peer.what, peer.ended = kind, str(message.get("what", "")), peer.heard
             peer.standing = message.get("standing", peer.standing)
+            peer.status = message.get("status", EXIT_LOST)
             self._changed.set()
 
     async def _verdict(self) -> tuple[str, list[int]] | None:
@@ -229,7 +233,7 @@ class Server:
             await self._ask()
             others = [peer for peer in self._in_state("died") if peer.rank not in culprits]
             self._say("\n".join([*(f"{peer.name} went too" for peer in others), *self._places()]))
-        order = encode("end", culprits=culprits)
+        order = encode("end", culprits=culprits, status=self._peers[culprits[0]].status)
         for peer in self._peers[1:]:
             peer.send(order)
         writers = [peer.writer for peer in self._peers if peer.writer is not None]

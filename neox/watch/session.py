@@ -28,8 +28,9 @@ def watched(config: Config) -> Iterator["Watch"]:
     """Watch all processes of a run for the length of a `with`.
 
     A rank that dies, or is silent or idle for `distributed_timeout`, is named by rank 0, with where every rank stood,
-    and every process ends with status 3. So do the others where the block raises on one rank; where a collective
-    raised because another rank was lost, this process ends with status 3 too, and without its traceback.
+    and every process ends with status 3. So do the others where the block raises on one rank, with 2 after a user's
+    mistake; where a collective raised because another rank was lost, this process ends likewise, and without its
+    traceback.
     """
     watch = Watch(config.reliability.distributed_timeout)
     try:

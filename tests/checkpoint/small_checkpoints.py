@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from neox.checkpoint.native.lineage import Lineage
 from neox.checkpoint.native.manifest import Layout, Manifest, Progress
 from neox.checkpoint.native.store import StoredTensor, Team, write_checkpoint
 
@@ -15,6 +16,8 @@ def names_of(rank: int) -> list[str]:
 
 NAMES = names_of(0)
 ALONE = Team()
+RUN = Lineage("a-run")
+"""That writes them."""
 
 
 def manifest_of(iteration: int) -> Manifest:
@@ -28,6 +31,7 @@ def manifest_of(iteration: int) -> Manifest:
         config={"num_layers": 2, "schedule": (1, 2.5), "by_number": {7: None}},
         files={},
         tensors={},
+        run=RUN.run,
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoint.small_checkpoints import ALONE, save
+from checkpoint.small_checkpoints import ALONE, RUN, save
 
 import neox.checkpoint.native.store as native
 from neox.checkpoint.native.again import write_patiently
@@ -41,6 +41,7 @@ class Disk:
             team=ALONE,
             patience=Patience(100.0, sleep=self.sleep, clock=lambda: self.now),
             keep=keep,
+            lineage=RUN,
             tell=self.lines.append,
         )
 
@@ -70,7 +71,7 @@ def test_a_limit_of_the_system_that_is_lifted(tmp_path: Path) -> None:
     assert (tmp_path / "latest").read_text() == "global_step2"
     assert disk.now == 3.0
     first, last = disk.lines  # two tries, one line
-    assert f"{MODEL_FILE}: cannot be written (File too large); the last checkpoint is untouched; " in first
+    assert f"{MODEL_FILE}: cannot be written ({os.strerror(errno.EFBIG)}); the last checkpoint is untouched; " in first
     assert re.search(r"; [\d.]+ [GM]B are free, global_step1 takes 0\.0 MB; trying again for 100 s", first)
     assert last == f"{folder}: saved now"
 
@@ -155,7 +156,13 @@ def test_what_is_no_fault_of_storage_is_not_tried_again(tmp_path: Path) -> None:
 
     with pytest.raises(CheckpointError, match="something else"):
         write_patiently(
-            write, tmp_path, team=ALONE, patience=Patience(9.0, sleep=disk.sleep), keep=None, tell=disk.lines.append
+            write,
+            tmp_path,
+            team=ALONE,
+            patience=Patience(9.0, sleep=disk.sleep),
+            keep=None,
+            lineage=RUN,
+            tell=disk.lines.append,
         )
     assert (disk.now, disk.lines) == (0.0, [])
 
@@ -172,5 +179,5 @@ def test_old_checkpoints_that_cannot_be_deleted_end_nothing(
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
     monkeypatch.setattr(Path, "rename", refuse)
-    assert prune_checkpoints(tmp_path, 1) == []
+    assert prune_checkpoints(tmp_path, 1, RUN) == []
     assert "global_step1: old checkpoints cannot be deleted (Read-only file system)" in caplog.text

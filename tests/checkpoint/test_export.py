@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from checkpoint.exports import ROUND_TRIPS, CountedWeights, exported, llama_tokenizer, random_run, same_weights
+from checkpoint.exports import ROUND_TRIPS, SHAPE, CountedWeights, exported, llama_tokenizer, random_run, same_weights
 from golden_models import GOLDENS
 from model_families import GQA
 from safetensors.torch import load_file, save_file
@@ -19,9 +19,12 @@ from neox.checkpoint.described import open_described
 from neox.checkpoint.huggingface import HuggingFaceReader, HuggingFaceWriter, export_huggingface
 from neox.checkpoint.huggingface.files import BIN, BIN_INDEX
 from neox.checkpoint.open import open_checkpoint
-from neox.checkpoint.tokenizer_files import export_tokenizer
-from neox.config import TokenizerConfig
+from neox.checkpoint.tokenizer_files import export_tokenizer, special_tokens
+from neox.config import TokenizerConfig, config_from_dict
+from neox.data.tokenizers.fast import hf_tokenizer
 from neox.errors import CheckpointError
+from neox.inference.loading import load_model
+from neox.model.build import SINGLE
 
 
 @pytest.mark.parametrize("model", ROUND_TRIPS)
@@ -205,3 +208,34 @@ def test_tools_ask_for_what_a_checkpoint_does_not_say(tmp_path, capsys):
     flags[3] = tmp_path / "other"
     assert run_script("tools/ckpts/convert_neox_to_hf.py", *flags, "--config_file", tmp_path / "model.yml") == 2
     assert "--no_save_tokenizer" in capsys.readouterr().err
+
+
+def test_every_token_that_ends_a_text_is_exported(tmp_path):
+    """A chat model ends turns and documents; its folder names both, and so does the export of what was made of it."""
+    special = ("<|endoftext|>", "<s>", "<|im_end|>")
+    (tmp_path / "chat").mkdir()
+    options = llama_tokenizer(tmp_path / "chat" / "tokenizer.json", special)
+    (tmp_path / "chat" / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>", "bos_token": "<s>"}')
+    (tmp_path / "chat" / "generation_config.json").write_text('{"eos_token_id": [2, 7], "do_sample": true}')
+    made = export_tokenizer(options, model_max_length=24)
+    assert made.token_ids == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+    assert made.ends == (2, 7, 0)
+    # Without the files the ids are the same.
+    bare = special_tokens(options)
+    assert (bare.files, bare.token_ids, bare.ends) == ({}, made.token_ids, made.ends)
+    config, weights = random_run(**GQA)
+    for name, tokenizer in (("whole", made), ("bare", bare)):
+        export_huggingface(weights, config.model, tmp_path / name, dtype=torch.float32, tokenizer=tokenizer)
+        assert AutoConfig.from_pretrained(tmp_path / name).eos_token_id == 2
+        assert GenerationConfig.from_pretrained(tmp_path / name).eos_token_id == [2, 7, 0]
+    assert hf_tokenizer(tmp_path / "whole" / "tokenizer.json").ends == (2, 7, 0)
+
+
+def test_generation_ends_where_the_folder_of_the_weights_says(tmp_path):
+    """Also with a tokenizer from elsewhere."""
+    config, weights = random_run(**GQA)
+    export_huggingface(weights, config.model, tmp_path / "model", dtype=torch.float32)
+    (tmp_path / "model" / "generation_config.json").write_text('{"eos_token_id": [5, 9]}')
+    options = llama_tokenizer(tmp_path / "elsewhere.json", ("<|endoftext|>",))
+    keys = {"tokenizer_type": "HFTokenizer", "vocab_file": options.vocab_file, "load": str(tmp_path / "model")}
+    assert load_model(config_from_dict(SHAPE | GQA | keys), SINGLE)[1].ends == (0, 5, 9)

@@ -113,7 +113,7 @@ def test_a_file_of_another_checkpoint_is_refused_by_its_header(tmp_path: Path) -
 
 def teams(size: int) -> list[Team]:
     """Ranks that are threads."""
-    barrier, items = threading.Barrier(size), [None] * size
+    barrier, items = threading.Barrier(size, timeout=240), [None] * size
 
     def gather_as(rank: int) -> Callable[[Any], list[Any]]:
         def gather(item: Any) -> list[Any]:
@@ -187,7 +187,7 @@ def test_only_a_thorough_check_reads_the_tensors(tmp_path: Path) -> None:
 def test_a_latest_that_names_nothing(tmp_path: Path, latest: str) -> None:
     save(tmp_path, 1)
     (tmp_path / "latest").write_bytes(latest.encode(errors="surrogateescape"))
-    with pytest.raises(CheckpointError, match=r"no such checkpoint.*load_fallback"):
+    with pytest.raises(CheckpointError, match=r"(no such checkpoint|latest: empty).*load_fallback"):
         checkpoint_to_load(tmp_path, None, fallback=False)
     assert checkpoint_to_load(tmp_path, None, fallback=True) == tmp_path / "global_step1"
     with pytest.raises(CheckpointError, match="global_step7: no such checkpoint"):

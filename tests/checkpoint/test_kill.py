@@ -10,8 +10,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from checkpoint.small_checkpoints import save, stored
-from ranks import fork, run_ranks
+from checkpoint.small_checkpoints import RUN, save, stored
+from ranks import fork, kill, run_ranks
 
 from neox.checkpoint.native.commit import prune_checkpoints
 from neox.checkpoint.native.integrity import damages
@@ -51,22 +51,21 @@ def save_for_ever(root: Path, first: int, rank: int, peer: Connection, ready: Co
     for number in itertools.count():
         save(root, first + number // 2, team=Team(rank, 2, gather), numbers=NUMBERS)
         if rank == 0:
-            prune_checkpoints(root, keep=2)
+            prune_checkpoints(root, keep=2, lineage=RUN)
 
 
 def killed_after(root: Path, first: int, seconds: float) -> None:
     """Have two ranks save, and kill both after so many seconds."""
     peers, (ready, told) = Pipe(), Pipe()
     ranks = [fork(save_for_ever, root, first, rank, peers[rank], told) for rank in range(2)]
-    for _ in ranks:
-        assert ready.poll(240)
-        assert ready.recv() == "go"
-    time.sleep(seconds)
-    for process in ranks:
-        process.kill()
-    for process in ranks:
-        process.join()
-        assert process.exitcode == -DIED
+    try:
+        for _ in ranks:
+            assert ready.poll(240)
+            assert ready.recv() == "go"
+        time.sleep(seconds)
+    finally:
+        kill(ranks)
+    assert [process.exitcode for process in ranks] == [-DIED] * 2
 
 
 def test_fifty_kills_at_random_moments(tmp_path: Path) -> None:
@@ -124,7 +123,7 @@ def save_dying(root: Path, iteration: int, operation: int) -> str:
     if process == 0:
         done = die_at(operation)
         save(root, iteration)
-        prune_checkpoints(root, keep=1)
+        prune_checkpoints(root, keep=1, lineage=RUN)
         os.write(writing, ",".join(done).encode())
         os._exit(0)
     os.close(writing)

@@ -165,3 +165,21 @@ def test_files_that_are_no_llama_are_refused(tmp_path):
     torch.save({"weight": torch.ones(2)}, tmp_path / "7B" / "consolidated.00.pth")
     with pytest.raises(CheckpointError, match=r"consolidated\.00\.pth: has no tok_embeddings"):
         open_checkpoint(tmp_path / "7B")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda files: files[0].update({"layers.0.attention.wq.bias": torch.ones(32)}), "holds layers.0.attention.wq"),
+        (lambda files: files[1]["norm.weight"].add_(1), "its files differ in norm.weight"),
+    ],
+)
+def test_what_params_do_not_describe_is_refused(tmp_path, change, message):
+    write_meta(tmp_path / "7B", llama("2"), "2", shards=2)
+    paths = sorted((tmp_path / "7B").glob("*.pth"))
+    files = [torch.load(path) for path in paths]
+    change(files)
+    for path, file in zip(paths, files, strict=True):
+        torch.save(file, path)
+    with pytest.raises(CheckpointError, match=message):
+        MetaLlamaReader(tmp_path / "7B")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint.small_checkpoints import RUN
 
 from neox.checkpoint.native.commit import prune_checkpoints
 from neox.checkpoint.native.manifest import Layout, Manifest, Progress, checkpoint_folder
@@ -30,6 +31,7 @@ def manifest(iteration: int) -> Manifest:
         config={},
         files={},
         tensors={},
+        run=RUN.run,
     )
 
 
@@ -134,10 +136,10 @@ def test_pruning_keeps_the_newest_and_the_named(tmp_path: Path) -> None:
         save(tmp_path, iteration)
     for iteration in (1, 2, 10):  # of one moment, as far as the file system knows
         os.utime(tmp_path / f"global_step{iteration}" / "manifest.json", (1e9, 1e9))
-    prune_checkpoints(tmp_path, keep=2)
+    prune_checkpoints(tmp_path, keep=2, lineage=RUN)
     assert sorted(p.name for p in tmp_path.glob("global_step*")) == ["global_step10", "global_step9"]
     (tmp_path / "latest").write_text("global_step10")
-    prune_checkpoints(tmp_path, keep=1)
+    prune_checkpoints(tmp_path, keep=1, lineage=RUN)
     assert sorted(p.name for p in tmp_path.glob("global_step*")) == ["global_step10", "global_step9"]
 
 
@@ -148,7 +150,7 @@ def test_pruning_leaves_alone_what_a_link_leads_to(tmp_path: Path) -> None:
     (root / "global_step1").symlink_to(elsewhere)
     before = sorted(elsewhere.rglob("*"))
     save(root, 2)
-    prune_checkpoints(root, keep=1)
+    prune_checkpoints(root, keep=1, lineage=RUN)
     assert before == sorted(elsewhere.rglob("*"))
 
 

@@ -52,21 +52,42 @@ def test_reshard_to_every_format(tmp_path):
     assert not (tmp_path / "no").exists()
 
 
-def test_the_folder_of_a_run_is_left_alone(tmp_path, capsys):
-    """It would go on from what was written, and delete its own."""
+@pytest.mark.parametrize("has_latest", [True, False])
+def test_the_folder_of_a_run_is_left_alone(tmp_path, capsys, has_latest):
+    """It would go on from what was written."""
     save(tmp_path / "run", 7)
+    if not has_latest:
+        (tmp_path / "run" / "latest").unlink()
     exported(tmp_path / "hf", **GQA)
     before = sorted(path.name for path in (tmp_path / "run").iterdir())
     for tool, words in (
         ("convert_hf_to_neox.py", ["--hf_dir", tmp_path / "hf"]),
         ("reshard.py", ["--input_dir", tmp_path / "hf", "--format", "native"]),
+        ("reshard.py", ["--input_dir", GOLDENS / "pipe_tp2", "--format", "sequential"]),
     ):
         assert run_script(f"tools/ckpts/{tool}", *words, "--output_dir", tmp_path / "run") == 2
         said = capsys.readouterr().err
-        assert "run: holds a run, whose latest checkpoint is 'global_step7'; name another folder" in said
+        assert "run: holds checkpoints already (global_step7); name another folder" in said
         assert said.count("\n") == 1
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
-    assert (tmp_path / "run" / "latest").read_text() == "global_step7"
+    assert not has_latest or (tmp_path / "run" / "latest").read_text() == "global_step7"
+
+
+def test_a_configuration_that_is_there_is_not_replaced(tmp_path, capsys):
+    """`--config_file` is what this tool writes, and what the others read."""
+    exported(tmp_path / "hf", **GQA)
+    given = tmp_path / "mine.yml"
+    given.write_text("num_layers: 2\n")
+    words = ["--hf_dir", tmp_path / "hf", "--config_file", given, "--output_dir"]
+    assert run_script("tools/ckpts/convert_hf_to_neox.py", *words, tmp_path / "out") == 2
+    assert capsys.readouterr().err.endswith(
+        f"{given}: is there already, with other content; name a new file in --config_file\n"
+    )
+    assert given.read_text() == "num_layers: 2\n"
+    assert not (tmp_path / "out").exists()
+    given.unlink()
+    assert run_script("tools/ckpts/convert_hf_to_neox.py", *words, tmp_path / "out") == 0
+    assert run_script("tools/ckpts/convert_hf_to_neox.py", *words, tmp_path / "again") == 0  # the same content
 
 
 def test_reshard_script(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Files of a stranger, or of a disk that mangled them: one line, and nothing outside of the folder is read."""
 
+import errno
 import json
 import os
 import struct
@@ -97,7 +98,7 @@ def test_a_folder_of_hugging_face(tmp_path: Path, capsys: pytest.CaptureFixture[
         (lambda: listed({"lm_head.weight": 5}), "lm_head.weight is in 5, which is no file"),
         (lambda: listed(["lm_head.weight"]), "has no weight_map"),
         (lambda: (folder / "config.json").write_text(DEEP), "config.json: not valid JSON"),
-        (no_file, "config.json: cannot be read (Is a directory)"),
+        (no_file, f"config.json: cannot be read ({os.strerror(errno.EISDIR)})"),
     )
     capsys.readouterr()
     for damage, message in cases:

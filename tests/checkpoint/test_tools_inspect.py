@@ -2,9 +2,11 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from checkpoint.small_checkpoints import RUN, manifest_of, save, stored
 from golden_models import GOLDENS, read_run
 from scripts_of import run_script
 from weight_sources import RandomWeights
@@ -13,6 +15,7 @@ from neox.checkpoint.conversion.convert import write_native
 from neox.checkpoint.huggingface import export_huggingface
 from neox.checkpoint.inspection import contents
 from neox.checkpoint.inspection.contents import differences, facts_of
+from neox.checkpoint.native.store import Team, write_checkpoint
 from neox.checkpoint.open import open_checkpoint
 
 TOOL = "tools/ckpts/inspect_checkpoint.py"
@@ -29,6 +32,17 @@ def folders(tmp_path_factory):
     export_huggingface(reader, config.model, folder / "hf", dtype=torch.float32)
     export_huggingface(reader, config.model, folder / "half", dtype=torch.float16)
     return {"neox": GOLDENS / "pipe_tp2", **{name: folder / name for name in ("native", "hf", "half")}}
+
+
+def test_the_run_and_those_before_it_are_shown(tmp_path, capsys):
+    manifest = replace(manifest_of(1), run="child", lineage=["first", "second"])
+    folder = write_checkpoint(tmp_path, iteration=1, tensors=stored(1), manifest=manifest, configs={}, team=Team())
+    assert run_script(TOOL, folder, "--dry-run") == 0
+    assert "run child, resumed_from first second, " in capsys.readouterr().out
+    assert run_script(TOOL, save(tmp_path, 2), "--json") == 0
+    about = json.loads(capsys.readouterr().out)["checkpoint"]
+    assert about["run"] == RUN.run
+    assert "resumed_from" not in about
 
 
 @pytest.mark.parametrize("pieces", [7, 2**22])

@@ -1,5 +1,6 @@
 """Logits of checkpoints of any format, one layer at a time."""
 
+import errno
 import json
 import os
 import weakref
@@ -182,11 +183,11 @@ def test_other_mistakes_are_one_line(tmp_path, capsys):
     for checkpoint, tokens, out, message in (
         ("absent", "ids.npy", "out.npy", "no such folder"),
         ("empty", "ids.npy", "out.npy", "no checkpoint; found nothing"),
-        ("native", "absent.npy", "out.npy", "cannot be read (No such file or directory)"),
+        ("native", "absent.npy", "out.npy", f"cannot be read ({os.strerror(errno.ENOENT)})"),
         ("native", "text.npy", "out.npy", "not a .npy file of numbers"),
         ("native", "several.npz", "out.npy", "an archive of several arrays"),
         ("native", "ids.npy", "absent/out.npy", "out.npy: cannot be written"),
-        ("native", "ids.npy", "text.npy/out.npy", "out.npy: cannot be written (Not a directory)"),
+        ("native", "ids.npy", "text.npy/out.npy", f"out.npy: cannot be written ({os.strerror(errno.ENOTDIR)})"),
         ("native", "ids.npy", "pipe", "pipe: cannot be written (it is no file)"),
     ):
         words = [tmp_path / checkpoint, "--tokens", tmp_path / tokens, "--out", tmp_path / out]

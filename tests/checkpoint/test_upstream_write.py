@@ -260,15 +260,16 @@ def test_what_gpt_neox_lacks_is_refused(tmp_path, layout, keys, message):
 def test_a_folder_is_written_once_and_whole(tmp_path, monkeypatch):
     folder, _, weights = written(tmp_path, UpstreamLayout(), **KEYS["neox"])
     assert (tmp_path / "latest").read_text() == "global_step7"
-    with pytest.raises(CheckpointError, match="global_step7: exists already"):
+    with pytest.raises(CheckpointError, match=r"holds checkpoints already \(global_step7\)"):
         written(tmp_path, UpstreamLayout(), **KEYS["neox"])
     read = RandomWeights.tensor
     monkeypatch.setattr(RandomWeights, "tensor", lambda self, name: failing(self, name, read))
     with pytest.raises(CheckpointError, match="cannot be written"):
-        written(tmp_path, UpstreamLayout(), iteration=8, **KEYS["neox"])
+        written(tmp_path / "other", UpstreamLayout(), iteration=8, **KEYS["neox"])
     monkeypatch.undo()
+    assert list((tmp_path / "other").iterdir()) == []
     assert (tmp_path / "latest").read_text() == "global_step7"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["global_step7", "latest"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["global_step7", "latest", "other"]
     same_weights(open_checkpoint(folder), weights)
 
 

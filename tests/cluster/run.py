@@ -75,7 +75,16 @@ def main() -> int:
     for part, why in missing.items():
         print(f"test-cluster: the tests of {part} are skipped: {why}")
     environ = {**os.environ, "NEOX_CLUSTER_MISSING": ",".join(missing)}
-    command = [sys.executable, "-m", "pytest", str(FOLDER), "--durations=5"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        str(FOLDER),
+        "--durations=5",
+        "--timeout=1800",
+        "-o",
+        "faulthandler_timeout=2400",
+    ]
     return subprocess.run(command, env=environ, cwd=FOLDER.parents[1], check=False).returncode
 
 

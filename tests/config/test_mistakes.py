@@ -80,8 +80,8 @@ def check(tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str,
         ({"fp16": FP16 | {"loss_scale": -1}}, "F:9: fp16.loss_scale: expected at least 0, got -1"),
         ({"fp16": FP16 | {"loss_scale_window": 0}}, "F:9: fp16.loss_scale_window: expected more than 0, got 0"),
         (
-            {"fp16": FP16 | {"type": "bfloat16"}},
-            "F:9: fp16.type: 'bfloat16' contradicts fp16, which is what runs; remove it or change the section",
+            {"fp16": FP16 | {"type": "fp32"}},
+            "F:9: fp16.type: 'fp32' contradicts fp16, which is what runs; remove it or change the section",
         ),
         (
             {"zero_optimization": {"stage": 1, "reduce_bucket_size": -5}},

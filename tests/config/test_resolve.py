@@ -79,8 +79,17 @@ def test_world_size_that_does_not_divide() -> None:
         ({"attention_config": [[3]]}, "attention_config: expected a list such as"),
         ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "bf16.enabled: fp16 is enabled too"),
         ({"precision": "fp32", "fp16": {"enabled": True}}, "fp16.enabled: contradicts precision 'fp32'"),
-        ({"fp16": {}}, "fp16.enabled: not set; add enabled: true or enabled: false"),
-        ({"fp16": {"enabled": True, "type": "bfloat16"}}, "fp16.type: 'bfloat16' contradicts fp16"),
+        ({"fp16": {"loss_scale": 0}}, "fp16.enabled: not set; add enabled: true or enabled: false"),
+        ({"fp16": {"enabled": True, "type": "fp32"}}, "fp16.type: 'fp32' contradicts fp16"),
+        ({"bf16": {"enabled": True, "type": "fp16"}}, "bf16.type: 'fp16' contradicts bf16"),
+        (
+            {"precision": "fp16", "fp16": {"enabled": True, "type": "bfloat16"}},
+            "fp16.type: 'bfloat16' contradicts precision 'fp16'",
+        ),
+        (
+            {"bf16": {"enabled": False}, "fp16": {"enabled": True, "type": "bfloat16"}},
+            "fp16.type: 'bfloat16' contradicts bf16.enabled",
+        ),
         (
             {"zero_optimization": {"stage": 1, "overlap_com": True}},
             "zero_optimization.overlap_com: unknown key; did you mean 'overlap_comm'?",

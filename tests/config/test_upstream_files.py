@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from neox.config import Config, config_from_dict
+from neox.config import Config, config_from_dict, deepspeed_dict
 from neox.errors import ConfigError
 
 MODEL = {
@@ -144,3 +144,36 @@ def test_is_refused_in_one_line(changes: dict[str, Any], lines: list[str]) -> No
     said = str(error.value).splitlines()
     assert len(said) == len(lines)
     assert all(line.startswith(start) for line, start in zip(said, lines, strict=True))
+
+
+OLD_BF16 = {
+    "enabled": True,
+    "type": "bfloat16",
+    "auto_cast": True,
+    "loss_scale": 0,
+    "loss_scale_window": 1000,
+    "initial_scale_power": 12,
+    "hysteresis": 2,
+    "min_loss_scale": 1,
+}
+"""As GPT-NeoX's pythia/1B.yml has it, beside fp32_allreduce and ZeRO stage 0."""
+
+
+@pytest.mark.parametrize("others", [{}, {"precision": "bfloat16"}, {"bf16": {"enabled": True}}])
+def test_bfloat16_as_it_was_spelt_before_its_section(others: dict[str, Any]) -> None:
+    zero = TRAINING["zero_optimization"] | {"stage": 0}
+    config = load({"fp16": OLD_BF16, "fp32_allreduce": True, "zero_optimization": zero} | others)
+    assert config.model.precision == "bfloat16"
+    (line,) = [notice for notice in config.notices if "fp16" in notice]
+    assert line.startswith("fp16.type: runs in bfloat16")
+    engine = deepspeed_dict(config)
+    assert engine["bf16"] == {"enabled": True}
+    assert engine["fp16"] == {"enabled": False}
+    assert engine["communication_data_type"] == "fp32"
+    assert engine["zero_optimization"]["stage"] == 1
+    again = deepspeed_dict(config_from_dict(config.to_flat(resolved=True), world_size=8))
+    assert (again["bf16"], again["fp16"]) == (engine["bf16"], engine["fp16"])
+
+
+def test_the_old_spelling_switched_off_is_nothing() -> None:
+    assert load({"fp16": OLD_BF16 | {"enabled": False}}).model.precision == "fp32"

@@ -103,7 +103,7 @@ def test_epochs_read_each_sample_once_a_pass(tmp_path: Path) -> None:
     paths = [_corpus(tmp_path / "c0", 0, 10), _corpus(tmp_path / "c1", 1, 50)]
     config = make_config(train_data_paths=paths, train_epochs=3, train_iters=None)
     train = build_datasets(config).train
-    assert sorted(zip(train.dataset_index.tolist(), train.sample_index.tolist(), strict=True)) == [
+    assert sorted(train.place(sample) for sample in range(len(train))) == [
         *((0, i) for i in range((10 * 41 - 2) // 32)), *((1, i) for i in range((50 * 41 - 1 - 1) // 32))
     ]  # fmt: skip
     assert train_iters_for_epochs(config) == len(train) * 3 // 3

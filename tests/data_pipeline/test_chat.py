@@ -125,3 +125,140 @@ def test_the_command(tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixt
     arguments = ["--input", tmp_path / "in.jsonl", "--output-prefix", tmp_path / "out", "--tokenizer-path", tokenizer]
     script["main"]([*map(str, arguments), "--only-last", "--workers", "2"])
     assert capsys.readouterr().out == f"{tmp_path}/out_conversation_document.bin: 2 labelled tokens\n"
+
+
+# As ChatML has it: a system turn where none is given, and a line break after the end of each turn.
+ENDING = (
+    "{% if messages[0].role != 'system' %}four [unk] <end>\n{% endif %}"
+    "{% for m in messages %}{{ m.role }} : {{ m.content }} <end>\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant : {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def ending(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer whose template ends turns itself, and which has a token for a line break, as byte-level ones have."""
+    folder = tmp_path_factory.mktemp("ending")
+    backend = Tokenizer(models.WordLevel({word: n for n, word in enumerate([*WORDS, "\n"])}, unk_token="[unk]"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed")]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", unk_token="[unk]")
+    tokenizer.chat_template = ENDING
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+SYSTEM = "four [unk] <end> / "
+
+
+@pytest.mark.parametrize(
+    ("changes", "tokens", "labels"),
+    [
+        (
+            {},
+            "user : one <end> / assistant : two two <end> / user : three <end> / assistant : four <end>",
+            "- - - - - - - two two <end> - - - - - - - - four <end>",
+        ),
+        (
+            {"no_mask": True},
+            "user : one <end> / assistant : two two <end> / user : three <end> / assistant : four <end>",
+            None,
+        ),
+        (
+            {"for_rm": True},
+            "user : one <end> / assistant : two two <end> / user : three <end> / assistant : four <end> <end>",
+            "- " * 20 + "<end>",
+        ),
+    ],
+)
+def test_a_conversation_ends_once(
+    tmp_path: Path, ending: Path, changes: dict[str, Any], tokens: str, labels: str | None
+) -> None:
+    """Where the template has ended it, nothing is added, and what follows the end is not learnt."""
+    prefix = written(tmp_path, ending, {"conversation": CHAT}, **changes)
+    shown, taught = (
+        " ".join("-" if token < 0 else [*WORDS, "/"][token] for token in IndexedDataset(f"{prefix}_{kind}document")[0])
+        for kind in ("conversation_", "conversation_label_")
+    )
+    assert shown == SYSTEM + tokens
+    assert taught == (SYSTEM + tokens if labels is None else "- - - - " + labels)
+
+
+QUESTION, ANSWER = CHAT[:1], CHAT[1:2]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"prompt": QUESTION, "chosen": ANSWER},
+        {"prompt": "one", "chosen": ANSWER},
+        # Whole conversations with the question beside them: it is not asked twice.
+        {"prompt": QUESTION, "chosen": [*QUESTION, *ANSWER]},
+        {"prompt": "one", "chosen": [*QUESTION, *ANSWER]},
+        {"chosen": [*QUESTION, *ANSWER]},
+        {"prompt": None, "chosen": [*QUESTION, *ANSWER]},
+    ],
+)
+def test_a_prompt_kept_apart_is_asked_once(tmp_path: Path, tokenizer: Path, line: dict[str, Any]) -> None:
+    prefix = written(tmp_path, tokenizer, line, jsonl_keys=["chosen"], only_last=True)
+    assert words(IndexedDataset(f"{prefix}_chosen_document")[0]) == "user : one assistant : two two <end>"
+    assert words(IndexedDataset(f"{prefix}_chosen_label_document")[0]) == "- - - - - two two <end>"
+
+
+def test_a_prompt_that_ends_with_the_first_turns_is_continued(tmp_path: Path, tokenizer: Path) -> None:
+    line = {"prompt": CHAT[:3], "chosen": CHAT[2:]}
+    prefix = written(tmp_path, tokenizer, line, jsonl_keys=["chosen", "prompt"])
+    assert words(IndexedDataset(f"{prefix}_chosen_document")[0]) == WHOLE
+    asked = IndexedDataset(f"{prefix}_prompt_document")[0]
+    assert words(asked) == "user : one assistant : two two user : three <end>"
+
+
+def test_a_system_prompt_of_the_template_is_not_learnt(tmp_path: Path, ending: Path) -> None:
+    prefix = written(tmp_path, ending, {"conversation": [*ANSWER, *QUESTION, *CHAT[3:]]})
+    labels = IndexedDataset(f"{prefix}_conversation_label_document")[0]
+    assert words(labels) == "- - - - - - two two <end> - - - - - - - - four <end>"
+
+
+def summaries(folder: Path, tokenizer: Path, *chats: Any, **changes: Any) -> dict[str, Any]:
+    (folder / "in.jsonl").write_text("".join(json.dumps({"conversation": chat}) + "\n" for chat in chats))
+    options = {"output_prefix": str(folder / "out"), "tokenizer_path": str(tokenizer), "progress": False} | changes
+    (summary,) = preprocess_chat(ChatOptions(inputs=[folder / "in.jsonl"], **options)).values()
+    return vars(summary)
+
+
+def test_conversations_that_teach_nothing_are_counted(tmp_path: Path, tokenizer: Path) -> None:
+    counts = summaries(tmp_path, tokenizer, CHAT, QUESTION, ANSWER, CHAT[:3])
+    assert counts == {"conversations": 4, "labelled": 4 + 3 + 2, "unlabelled": 1, "unasked": 1}
+    none = summaries(tmp_path, tokenizer, CHAT, QUESTION, generation_role="model")
+    assert none == {"conversations": 2, "labelled": 0, "unlabelled": 2, "unasked": 0}
+    for kind in ({"no_mask": True}, {"for_rm": True}):
+        found = summaries(tmp_path, tokenizer, CHAT, QUESTION, ANSWER, **kind)
+        assert (found["unlabelled"], found["unasked"]) == (0, 0)
+
+
+def test_the_command_says_what_teaches_nothing(
+    tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [json.dumps({"conversation": chat}) + "\n" for chat in (CHAT, QUESTION, ANSWER)]
+    (tmp_path / "in.jsonl").write_text("".join(lines))
+    script = runpy.run_path(str(ROOT / "tools/datasets/preprocess_data_with_chat_template.py"))
+    arguments = ["--input", tmp_path / "in.jsonl", "--output-prefix", tmp_path / "out", "--tokenizer-path", tokenizer]
+    script["main"]([*map(str, arguments)])
+    shown = capsys.readouterr()
+    assert shown.out == f"{tmp_path}/out_conversation_document.bin: 7 labelled tokens\n"
+    place = f"{tmp_path}/out_conversation_document: "
+    assert f"{place}1 of 3 conversations have no labelled token" in shown.err
+    assert f"{place}1 of 3 conversations begin with a labelled turn" in shown.err
+
+
+def test_a_template_that_refuses_a_conversation_names_its_line(tmp_path: Path) -> None:
+    strict = (
+        "{% if messages|length > 1 and messages[0].role == messages[1].role %}"
+        "{{ raise_exception('alternate') }}{% endif %}"
+    )
+    folder = save_tokenizer(tmp_path / "strict", strict + TEMPLATE)
+    with pytest.raises(DataError, match=r"in\.jsonl:2: the chat template refuses the conversation \(alternate\)"):
+        written(tmp_path, folder, {"conversation": CHAT}, {"conversation": [*QUESTION, *QUESTION]})
+    with pytest.raises(DataError, match=r"in\.jsonl:1: begins with a turn that is labelled \(assistant\)"):
+        written(tmp_path, folder, {"conversation": ANSWER})

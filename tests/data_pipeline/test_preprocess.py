@@ -7,10 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
+import zstandard
 from scripts_of import fork_script
+from tokenizers import models, pre_tokenizers, processors
 
 from neox.data import IndexedDataset
-from neox.data.documents import read_documents
+from neox.data.documents import input_paths, read_documents
 from neox.data.preprocess import PreprocessOptions, preprocess
 from neox.errors import DataError
 
@@ -61,7 +64,6 @@ def test_plain_and_compressed_files_and_folders(tmp_path: Path) -> None:
 
 
 def test_zstandard_files(tmp_path: Path) -> None:
-    zstandard = pytest.importorskip("zstandard")
     frames = [zstandard.compress(b'{"text": "%d"}\n' % number) for number in range(2)]
     (tmp_path / "a.jsonl.zst").write_bytes(b"".join(frames))
     assert [document.raw for document in read_documents([tmp_path / "a.jsonl.zst"])] == [
@@ -125,3 +127,99 @@ def test_a_mistake_ends_in_one_line_and_status_2(tmp_path: Path) -> None:
     )  # fmt: skip
     assert made.returncode == 2
     assert made.stderr.strip().splitlines()[-1].endswith("no.jsonl: no such file")
+
+
+def test_lone_surrogates_are_replaced_and_counted(tmp_path: Path) -> None:
+    source = _jsonl(
+        tmp_path / "in.jsonl",
+        [
+            {"a": "fine", "b": "\U0001f600"},
+            {"a": "half \ud83d of", "b": "\udc00"},
+            {"a": "x", "b": "y", "other": "\ud83d"},
+        ],
+    )
+    summary = _run([source], tmp_path, jsonl_keys=["a", "b"])
+    assert _texts(tmp_path / "out_a_document") == ["fine", "half \ufffd of", "x"]
+    assert _texts(tmp_path / "out_b_document") == ["\U0001f600", "\ufffd", "y"]
+    assert summary.replaced == 1  # what is not tokenized is not replaced
+    fixed = _run([source], tmp_path, jsonl_keys=["a", "b"], ftfy=True)
+    assert fixed.replaced == 1
+    assert _texts(tmp_path / "out_b_document") == ["\U0001f600", "\ufffd", "y"]
+
+
+def test_the_commands_say_how_many_documents_had_lone_surrogates(tmp_path: Path) -> None:
+    source = _jsonl(tmp_path / "in.jsonl", [{"text": f"some \udc00 text {number}"} for number in range(3)])
+    vocab = tmp_path / "t.json"
+    trained = _command("train_tokenizer.py", "--input", source, "--output", vocab, "--vocab-size", 300)
+    assert trained.returncode == 0, trained.stderr
+    assert trained.stdout.endswith(
+        "3 documents with lone surrogates, which are no text: U+FFFD stands in the place of each\n"
+    )
+    made = _command(
+        "preprocess_data.py", "--input", source, "--output-prefix", tmp_path / "out", "--workers", 2,
+        "--tokenizer-type", "HFTokenizer", "--vocab-file", vocab,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.splitlines()[1:] == trained.stdout.splitlines()[1:]
+    tokenizer = tokenizers.Tokenizer.from_file(str(vocab))
+    rows = IndexedDataset(tmp_path / "out_text_document")
+    assert tokenizer.decode(rows[2].tolist()) == "some \ufffd text 2"
+
+
+def _ending_tokenizer(path: Path, *, single: str) -> dict:
+    """Bytes, with what is put around a text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.add_special_tokens(["<s>", "</s>", "<sep>"])
+    backend.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=[("<s>", 256), ("</s>", 257), ("<sep>", 258)]
+    )
+    backend.save(str(path))
+    return {"tokenizer_type": "HFTokenizer", "vocab_file": str(path)}
+
+
+@pytest.mark.parametrize(
+    ("single", "eod", "around"),
+    [
+        ("$A </s>", False, ([], [257])),
+        ("$A </s>", True, ([], [257])),  # once
+        ("<s> $A </s>", True, ([256], [257])),
+        ("<s> $A", False, ([256], [])),
+        ("<s> $A", True, ([256], [257])),
+        ("$A </s> <sep>", True, ([], [257, 258, 257])),
+        ("<s> $A <sep>", True, ([256], [258, 257])),
+    ],
+)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_document_ends_once_whatever_the_tokenizer_puts_around_it(
+    single: str, eod: bool, around: tuple[list[int], list[int]], workers: int, tmp_path: Path
+) -> None:
+    changes = _ending_tokenizer(tmp_path / "t.json", single=single)
+    source = _jsonl(tmp_path / "in.jsonl", [{"text": "abc"}, {"text": ""}])
+    summary = _run([source], tmp_path, append_eod=eod, workers=workers, **changes)
+    row = IndexedDataset(tmp_path / "out_text_document")[0].tolist()
+    before, after = around
+    assert row[: len(before)] == before
+    assert len(row) == len(before) + 3 + len(after)
+    assert row[len(before) + 3 :] == after
+    assert (summary.documents, summary.empty) == (1, 1)  # what stands around an empty text is no text
+
+
+def test_no_end_of_documents_is_said_before_workers_start(tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
+    backend.save(str(tmp_path / "t.json"))
+    changes = {"tokenizer_type": "HFTokenizer", "vocab_file": str(tmp_path / "t.json"), "workers": 2}
+    source = _jsonl(tmp_path / "in.jsonl", [{"text": "a"}])
+    with pytest.raises(DataError, match=r"t\.json: has no <\|endoftext\|> nor another end-of-document token"):
+        _run([source], tmp_path, append_eod=True, **changes)
+    assert _run([source], tmp_path, **changes).tokens == {"text": 1}
+
+
+def test_a_comma_divides_inputs_unless_it_is_in_a_name(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl", "a.jsonl,b.jsonl"):
+        _jsonl(tmp_path / name, [{"text": name}])
+    one, two = f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"
+    assert input_paths([f"{one},{two}", two]) == [one, two, two]
+    assert input_paths([f"{one},b.jsonl"]) == [f"{one},b.jsonl"]
+    assert input_paths([f"{one},", two]) == [one, two]

@@ -89,8 +89,12 @@ def test_another_end_of_document_is_found(trained: Path, tmp_path: Path) -> None
 
 def test_no_end_of_document_names_what_there_is(trained: Path, tmp_path: Path) -> None:
     path = _with_specials(trained, tmp_path / "t.json", ["<unk>", "[MASK]"])
-    with pytest.raises(DataError, match=r"special tokens are <unk>, \[MASK\]"):
-        build_tokenizer(options("HFTokenizer", path))
+    tokenizer = build_tokenizer(options("HFTokenizer", path))
+    assert tokenizer.detokenize(tokenizer.tokenize("def add")) == "def add"
+    assert tokenizer.ends == ()
+    for ask in ("eod", "pad", "start"):
+        with pytest.raises(DataError, match=r"special tokens are <unk>, \[MASK\]"):
+            getattr(tokenizer, ask)
 
 
 def test_gpt2_files_tokenize_as_the_json_of_the_same_vocabulary(trained: Path, tmp_path: Path) -> None:
@@ -143,6 +147,7 @@ def test_sentencepiece_prefers_the_piece_of_that_name(tmp_path: Path) -> None:
     path = _sentencepiece(tmp_path / "m.model", user_defined_symbols=["<|endoftext|>", "<|padding|>"])
     tokenizer = build_tokenizer(options("SPMTokenizer", path))
     assert (tokenizer.eod, tokenizer.pad) == (3, 4)
+    assert tokenizer.ends == (3, 2)  # a text also ends at the model's own </s>
 
 
 def test_sentencepiece_without_any_end_is_refused(tmp_path: Path) -> None:

@@ -303,6 +303,41 @@ def test_the_harness_finds_the_package_evaluate_and_not_the_script(monkeypatch: 
     assert hasattr(sys.modules["evaluate"], "load")
 
 
+def test_cut_requests_are_said_once_and_not_on_stdout(tasks: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [str(tasks / f"{name}.yaml") for name in ("tiny_quiz", "tiny_answers")]
+    config = small_config(seq_length=16, max_position_embeddings=16)
+    model = small_model(seq_length=16, max_position_embeddings=16)
+    evaluate_model(model, TOKENIZER, config, tasks=find_tasks(names), mesh=SINGLE)
+    shown = capsys.readouterr()
+    # The three choices of each question, and its generated answer.
+    line = "eval_tasks: 64 requests are longer than the model's 16 positions; only the end of their contexts was read"
+    assert shown.err.count(line) == 1
+    assert line not in shown.out
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"temperature": -1.0}, "temperature: -1.0 is no temperature"),
+        ({"temperature": "hot"}, "generation_kwargs of a task"),
+        ({"temperature": 1.0, "top_k": -1}, "top_k: -1 is no number of tokens"),
+        ({"temperature": 1.0, "top_p": 7}, "top_p: 7.0 is no probability"),
+    ],
+)
+def test_sampling_that_means_nothing_is_refused(adapter: Any, asked: dict[str, Any], message: str) -> None:
+    given = requests("generate_until", ("a", {"do_sample": True, "max_gen_toks": 2} | asked))
+    with pytest.raises(UserError, match=f"^eval_tasks: .*{message}"):
+        adapter.generate_until(given, disable_tqdm=True)
+
+
+def test_a_temperature_of_0_is_greedy_whatever_else_is_said(adapter: Any) -> None:
+    sampled, greedy = (
+        adapter.generate_until(requests("generate_until", ("hello", {"max_gen_toks": 9} | extra)), disable_tqdm=True)
+        for extra in ({"do_sample": True, "temperature": 0.0}, {})
+    )
+    assert sampled == greedy
+
+
 def test_the_script_writes_and_shows_results(tasks: Path, tmp_path: Path) -> None:
     keys = SMALL | {"load": str(save_small(tmp_path / "small"))}
     (tmp_path / "small.yml").write_text(json.dumps(keys))

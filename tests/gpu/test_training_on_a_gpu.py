@@ -10,13 +10,14 @@ from training.layouts import ADAMW, MODEL, TRAINING, Curve, run_layout, write_co
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.usefixtures("compilers"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    corpus = write_corpus(tmp_path_factory.mktemp("corpus") / "stdlib_text_document")
+    corpus = write_corpus(tmp_path_factory.mktemp("corpus") / "corpus_text_document")
     return MODEL | TRAINING | ADAMW | {"data_path": corpus}
 
 

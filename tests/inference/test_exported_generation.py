@@ -36,14 +36,14 @@ def test_greedy_tokens_are_the_same_under_transformers(tmp_path, name):
     list(export(weights, config, tmp_path / "hf", Export(save_tokenizer=False, check=False)))
     ours = build_decoder(config.model, source=weight_source(weights)).eval()
     settings = GenerationSettings(maximum_tokens=NEW_TOKENS)
-    free = generate(ours, PROMPTS, settings=settings, eod=-1)
+    free = generate(ours, PROMPTS, settings=settings)
     assert len({tuple(completion.tokens) for completion in free}) == len(PROMPTS)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
     for prompt, completion in zip(PROMPTS, free, strict=True):
         assert continued(theirs, prompt, eos_token_id=None) == completion.tokens
     # Both end a document at the same token: one that the first prompt is known to give.
     end = free[0].tokens[10]
-    stopped = generate(ours, PROMPTS[:1], settings=settings, eod=end)[0]
+    stopped = generate(ours, PROMPTS[:1], settings=settings, ends=[end])[0]
     assert len(stopped.tokens) < NEW_TOKENS
     assert continued(theirs, PROMPTS[0], eos_token_id=end) == [*stopped.tokens, end]
 
@@ -73,6 +73,6 @@ def test_and_so_does_one_that_came_from_transformers(tmp_path):
     write_native(reader, config, tmp_path / "run")
     ours = build_decoder(config.model, source=weight_source(open_checkpoint(tmp_path / "run"))).eval()
     prompts = [[token % 320 for token in prompt] for prompt in PROMPTS]
-    completions = generate(ours, prompts, settings=GenerationSettings(maximum_tokens=NEW_TOKENS), eod=-1)
+    completions = generate(ours, prompts, settings=GenerationSettings(maximum_tokens=NEW_TOKENS))
     for prompt, completion in zip(prompts, completions, strict=True):
         assert continued(theirs, prompt, eos_token_id=None) == completion.tokens

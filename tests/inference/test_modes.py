@@ -14,6 +14,7 @@ from scripts_of import fork_script
 from neox.data.tokenizers import CharLevelTokenizer
 from neox.errors import CheckpointError, DataError, UserError
 from neox.files import write_whole
+from neox.inference.generate import GenerationSettings, generate
 from neox.inference.loading import load_model
 from neox.inference.modes import generation_kind, read_prompts, run_generation, typed_prompts
 from neox.model.build import SINGLE
@@ -69,7 +70,9 @@ def test_logits_are_written_on_request(checkpoint: Path, tmp_path: Path) -> None
         small_config(load=str(checkpoint), return_logits=True, maximum_tokens=3, sample_output_file=str(path)), SINGLE
     )
     logits = torch.tensor(json.loads(path.read_text())["logits"])
-    torch.testing.assert_close(logits, naive_greedy(small_model(), [0], 3)[1][: len(logits)], rtol=0, atol=1e-5)
+    settings = GenerationSettings(maximum_tokens=3, return_logits=True)
+    (expected,) = generate(small_model(), [[0]], settings=settings, ends=[0])
+    assert torch.equal(logits, expected.logits)
 
 
 def test_a_session_answers_until_its_input_ends(

@@ -25,14 +25,14 @@ TEXTS = ["one", "twenty-two", "three", "", "five hundred"]
 def _tokens_of_rank() -> list[list[int]]:
     with join(small_config(**ODD), detect(os.environ)) as mesh:
         assert mesh.tensor_size == 2
-        model = small_model(mesh, **ODD)
-        completions = [c for s in (GREEDY, DRAWN) for c in generate(model, PROMPTS, settings=s, eod=-1)]
+        model = small_model(mesh, **ODD).double()
+        completions = [c for s in (GREEDY, DRAWN) for c in generate(model, PROMPTS, settings=s)]
         return [completion.tokens for completion in completions]
 
 
 def test_two_tensor_ranks_give_the_tokens_of_one() -> None:
-    model = small_model(padded_vocab_size=131)
-    expected = [c.tokens for s in (GREEDY, DRAWN) for c in generate(model, PROMPTS, settings=s, eod=-1)]
+    model = small_model(padded_vocab_size=131).double()
+    expected = [c.tokens for s in (GREEDY, DRAWN) for c in generate(model, PROMPTS, settings=s)]
     assert run_ranks(_tokens_of_rank, 2) == [expected, expected]
 
 

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 
+import pytest
+import torch
 from inference.small_model import naive_greedy, small_model
 
 from neox.data.tokenizers import CharLevelTokenizer
 from neox.inference.generate import GenerationSettings
-from neox.inference.text import StopStrings, TextGenerator, continuation_text, cut_before
+from neox.inference.text import StopStrings, TextCompletion, TextGenerator, continuation_text, cut_before
 
 
 class _SpaceEatingTokenizer(CharLevelTokenizer):
@@ -61,3 +63,43 @@ def test_long_prompts_keep_their_end() -> None:
     long = generator.complete(["x" * 100 + "tail"], settings=settings, keep_last=4)[0]
     assert long.text == generator.complete(["tail"], settings=settings)[0].text
     assert len(long.completion.tokens) == 4
+    assert long.cut
+    assert not generator.complete(["tail"], settings=settings, keep_last=4)[0].cut
+
+
+class _TurnTokenizer(CharLevelTokenizer):
+    """Shows two of its tokens as the ends of turns and of documents, and begins texts with a token."""
+
+    prefix = (302,)
+    ends = (0, 301)
+    special = frozenset({0, 300, 301, 302})
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        names = {300: "<|im_start|>", 301: "<|im_end|>", 302: "<s>"}
+        return "".join(names.get(token) or super(_TurnTokenizer, self).detokenize([token]) for token in ids)
+
+
+def complete_with(
+    monkeypatch: pytest.MonkeyPatch, drawn: Sequence[int], until: Sequence[str] = ()
+) -> tuple[TextCompletion, list[int]]:
+    """Complete "hi" with given tokens; return it, and the tokens that the model has read first."""
+    tokens, read = iter(drawn), []
+    model = small_model()
+    monkeypatch.setattr("neox.inference.generate.draw_tokens", lambda *_: torch.tensor([next(tokens)]))
+    model.embedding.register_forward_pre_hook(lambda _, given: read.append(given[0][0].tolist()))
+    settings = GenerationSettings(maximum_tokens=len(drawn))
+    return TextGenerator(model, _TurnTokenizer()).complete(["hi"], settings=settings, until=until)[0], read[0]
+
+
+@pytest.mark.parametrize("end", [0, 301])
+def test_a_text_ends_at_each_token_that_the_tokenizer_names(monkeypatch: pytest.MonkeyPatch, end: int) -> None:
+    result, read = complete_with(monkeypatch, [97, 98, end, 99])
+    assert (result.text, result.completion.tokens, result.completion.finished) == ("ab", [97, 98], True)
+    assert read == [302, 104, 105]
+
+
+def test_special_tokens_are_left_out_of_the_text_and_end_it_as_stop_strings(monkeypatch: pytest.MonkeyPatch) -> None:
+    result, _ = complete_with(monkeypatch, [97, 300, 98])
+    assert (result.text, result.completion.tokens) == ("ab", [97, 300, 98])
+    stopped, _ = complete_with(monkeypatch, [97, 300, 98], until=["<|im_start|>"])
+    assert (stopped.text, stopped.completion.finished) == ("a", True)

@@ -109,20 +109,39 @@ def test_what_is_an_override(text, is_file):
     [
         ("train", [], "train.py: no configuration file given; example: python train.py"),
         ("generate", ["top_k=1"], "generate.py: no configuration file given"),
-        (
-            "train",
-            ["a.yml", "--wandb-grp", "x"],
-            "unrecognized arguments: --wandb-grp x; see train.py --help",
+        *(
+            (
+                "train",
+                ["a.yml", *words],
+                "train.py: unknown flag --wandb-grp, see train.py --help; did you mean '--wandb_group'?",
+            )
+            for words in (["--wandb-grp", "x"], ["--wandb-grp=x"], ["--wandb-grp", "x", "b.yml"])
         ),
-        ("train", ["a.yml", "--iteration", "ten"], "argument --iteration: invalid int value: 'ten'"),
-        ("evaluate", ["a.yml", "--eval_tasks"], "argument --eval_tasks: expected at least one argument"),
+        ("evaluate", ["a.yml", "--zzz"], "evaluate.py: unknown flag --zzz, see evaluate.py --help"),
     ],
 )
 def test_mistakes_are_one_line(script, argv, message):
     with pytest.raises(LaunchError) as error:
         parse_arguments(script, argv)
-    assert message in str(error.value)
+    assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("script", "argv", "words"),
+    [
+        ("train", ["a.yml", "--iteration", "ten"], ["--iteration", "'ten'"]),
+        ("evaluate", ["a.yml", "--eval_tasks"], ["--eval_tasks"]),
+    ],
+)
+def test_mistakes_that_argparse_words(script, argv, words):
+    with pytest.raises(LaunchError) as error:
+        parse_arguments(script, argv)
+    line = str(error.value)
+    assert line.startswith(f"{script}.py: ")
+    assert line.endswith(f"; see {script}.py --help")
+    assert all(word in line for word in words)
+    assert "\n" not in line
 
 
 @pytest.mark.parametrize("script", ["train", "generate", "evaluate"])

@@ -1,5 +1,6 @@
 """Signals that come before there is anything to save, or several at once."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -92,3 +93,12 @@ def test_a_signal_while_libraries_are_imported(signum: signal.Signals, moment: s
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     line = "" if moment == "after" else f"{signum.name}: ended before the first step; nothing to save\n"
     assert (done.returncode, done.stdout, done.stderr) == (status, out, line)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGINT])
+def test_an_ignored_signal_stays_so_while_libraries_are_imported(signum: signal.Signals) -> None:
+    """As under `nohup`, and in the background of a script."""
+    command = [sys.executable, "-c", textwrap.dedent(EARLY), str(int(signum)), "late"]
+    ignore = functools.partial(signal.signal, signum, signal.SIG_IGN)
+    done = subprocess.run(command, cwd=ROOT, preexec_fn=ignore, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "still here\n", "")

@@ -11,7 +11,7 @@ from training.layouts import ADAMW, MODEL, TRAINING
 from neox.config import Config, config_from_dict
 from neox.errors import LaunchError
 from neox.launch import hosts, ssh
-from neox.launch.hostfile import choose, hostfile_path, read_hostfile
+from neox.launch.hostfile import check_hostfile, choose, hostfile_path, read_hostfile
 from neox.launch.hosts import carried_variables, chosen_hosts, start_command, wants_launcher
 from neox.launch.start import Start
 
@@ -32,6 +32,23 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hosts.shutil, "which", lambda program: f"/usr/bin/{program}")
 
 
+def test_a_hostfile_that_is_named_and_missing(hostfile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run for many hosts must not become one of this machine; the usual place may be empty, and ranks do not ask."""
+    missing = tmp_path / "hosts_1234"
+    with pytest.raises(LaunchError, match=f"hostfile: no such file {missing}; .*hostfile: null"):
+        Start(configured(missing), workers=1)
+    monkeypatch.setenv("DLTS_HOSTFILE", str(missing))
+    with pytest.raises(LaunchError, match=f"DLTS_HOSTFILE: no such file {missing}; .*unset DLTS_HOSTFILE"):
+        Start(configured(None), workers=1)
+    check_hostfile(configured(hostfile), {"DLTS_HOSTFILE": str(missing)})
+    monkeypatch.delenv("DLTS_HOSTFILE")
+    monkeypatch.setattr("neox.launch.hostfile.USUAL_HOSTFILE", str(missing))
+    assert Start(configured(None), workers=1).is_alone
+    for name, value in {"NEOX_NODE_RANK": "0", "NEOX_SLOTS": "1,1", "MASTER_ADDR": "n1"}.items():
+        monkeypatch.setenv(name, value)  # this host was started by something that has read the file
+    Start(configured(missing), workers=1)
+
+
 def configured(hostfile: Path | None, **keys: Any) -> Config:
     given = {} if hostfile is None else {"hostfile": str(hostfile)}
     return config_from_dict(BASE | given | keys, world_size=None)
@@ -43,12 +60,6 @@ def test_nothing_asked() -> None:
     assert (start.world_size, start.is_alone) == (3, False)
     assert start.description == "launcher: none; 3 processes on this machine"
     assert Start(config_from_dict(BASE), workers=1).is_alone
-
-
-def test_a_named_file_that_is_not_there_means_this_machine(tmp_path: Path) -> None:
-    config = configured(tmp_path / "mock")
-    assert not wants_launcher(config)
-    assert Start(config, workers=2).world_size == 2
 
 
 def test_places_of_the_hostfile(hostfile: Path, tmp_path: Path) -> None:

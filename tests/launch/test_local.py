@@ -237,12 +237,12 @@ def test_ctrl_c_reaches_each_worker_once(environ, tmp_path):
     assert wait_for([tmp_path / "heard0", tmp_path / "heard1"]) == [1, 1]
 
 
-def test_nohup_is_respected(launch, tmp_path):
-    process = launch(
-        HEARING, workers=1, arguments=["0"], preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    )
+@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGINT])
+def test_a_signal_that_is_ignored_is_not_passed_on(launch, tmp_path, signum):
+    """As `nohup` wants, and the shell of a script that has started it in the background."""
+    process = launch(HEARING, workers=1, arguments=["0"], preexec_fn=lambda: signal.signal(signum, signal.SIG_IGN))
     wait_for([tmp_path / "0"])
-    process.send_signal(signal.SIGHUP)
+    process.send_signal(signum)
     time.sleep(0.3)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)

@@ -1,6 +1,7 @@
 """Exit statuses and messages of a script run alone or under a foreign launcher."""
 
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -146,6 +147,15 @@ def test_leaving_finishes_the_programs_own_work_and_skips_the_teardown(status: i
     assert done.returncode == status, done.stderr
     assert done.stdout.split("\n") == ["begun", "thread ended", "atexit ran", ""]
     assert done.stderr == ""
+
+
+def test_statuses_of_child_processes_where_they_are_not_asked_for() -> None:
+    """Some services start their programs with SIGCHLD ignored, and the kernel then keeps no status."""
+    script = "import subprocess, sys; from neox.launch.main import script_main\n"
+    script += "sys.exit(script_main(lambda _: subprocess.run(['sh', '-c', 'exit 3']).returncode, []))"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, preexec_fn=lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN), check=False)
+    assert done.returncode == 3
 
 
 def test_a_process_without_standard_streams(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ def body(arguments):
     print("up", flush=True)
     time.sleep(60)
 
-sys.exit(script_main(body))
+sys.exit(script_main(body, []))
 """
 LAUNCHER = "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1:]])"
 

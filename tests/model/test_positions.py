@@ -15,6 +15,7 @@ from neox.model.build import build_decoder, fresh_weights
 from neox.model.positions import (
     RotaryEmbedding,
     alibi_slopes,
+    longest_input,
     rotary_frequencies,
     sinusoidal_table,
 )
@@ -156,3 +157,23 @@ def test_layers_share_one_copy_of_the_tables() -> None:
     config = config_from_dict(BASE | {"pos_emb": "rotary", "num_layers": 3, "train_micro_batch_size_per_gpu": 1})
     model = build_decoder(config.model, source=fresh_weights(config), dtype=torch.bfloat16)
     assert len({buffer.data_ptr() for buffer in model.buffers()}) == 2
+
+
+@pytest.mark.parametrize(
+    ("scaling", "changes", "longest"),
+    [
+        (None, {"seq_length": 64}, 256),
+        (None, {"seq_length": 64, "pos_emb": "alibi"}, 256),
+        (None, {"seq_length": 64, "pos_emb": "learned"}, 256),
+        (None, {"seq_length": 64, "pos_emb": "learned", "opt_pos_emb_offset": 2}, 254),
+        (YARN, {"seq_length": 64}, 256),
+        # Angles of dynamic NTK are those of seq_length, and plain ones up to the length trained on.
+        (DYNAMIC, {"seq_length": 64}, 64),
+        (DYNAMIC, {"seq_length": 8}, 16),
+        (DYNAMIC | {"original_max_position_embeddings": 999}, {"seq_length": 8}, 256),
+    ],
+)
+def test_the_longest_input_is_that_of_the_model(
+    scaling: dict[str, Any] | None, changes: dict[str, Any], longest: int
+) -> None:
+    assert longest_input(rotary_model(scaling, **changes)) == longest

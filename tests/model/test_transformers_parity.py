@@ -75,7 +75,12 @@ TOLERANCE = 1e-5
 
 
 def build_both(tmp_path, name):
-    """Our model and transformers', with the same random weights."""
+    """Our model and transformers', with the same random weights, both in float64.
+
+    What is left to differ is what one of the two computes in fp32: norms and biases of positions there, the softmax of
+    the loss here. In fp32 throughout, the rounding of every product would decide: some of these models enlarge it to
+    1e-5.
+    """
     from transformers import AutoModelForCausalLM
 
     config = config_from_dict(SHAPE | CASES[name]).model
@@ -83,7 +88,10 @@ def build_both(tmp_path, name):
     longer = config_from_dict(SHAPE | CASES[name] | LONGER.get(name, {})).model
     ours = build_decoder(longer, source=weights.weight)
     export_huggingface(weights, config, tmp_path / "hf", dtype=torch.float32)
-    return config, weights, ours, AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    if config.has_experts:
+        theirs.set_experts_implementation("eager")  # the default has no kernel for float64
+    return config, weights, ours.double(), theirs.double()
 
 
 @pytest.mark.parametrize("name", CASES)

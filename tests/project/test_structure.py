@@ -20,21 +20,24 @@ LEVELS = {
     "errors": 0,
     "files": 1,
     "versions": 1,
+    "downloads": 1,
     "patience": 1,
+    "results": 1,
+    "choices": 0,
     "pulse": 0,
     "secrets": 0,
-    "config": 1,
-    "launch": 2,
-    "kernels": 2,
-    "parallel": 2,
-    "data": 2,
-    "watch": 3,
-    "model": 3,
-    "checkpoint": 4,
-    "training": 5,
-    "inference": 5,
-    "evaluation": 6,
-    "quickstart": 7,
+    "config": 2,
+    "launch": 3,
+    "kernels": 3,
+    "parallel": 3,
+    "data": 3,
+    "watch": 4,
+    "model": 4,
+    "checkpoint": 5,
+    "training": 6,
+    "inference": 6,
+    "evaluation": 7,
+    "quickstart": 8,
 }
 """A package may import those of lower levels and itself; packages of one level do not import each other."""
 
@@ -200,6 +203,49 @@ def test_heavy_packages_are_imported_where_they_are_used() -> None:
                 names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
                 roots = {n.split(".")[0] for n in names}
                 assert not roots & {"torch", "deepspeed", "megatron", "numpy"}, f"{name}:{node.lineno}"
+
+
+def test_results_are_printed_by_name() -> None:
+    """`print` is for what goes elsewhere than to standard output, and says where."""
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in [*modules().values(), *(ROOT / name for name in SCRIPTS), *(ROOT / "tools").rglob("*.py")]
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+        if "file" not in {keyword.arg for keyword in node.keywords}
+    ]
+    assert found == []
+
+
+HELP = """
+import contextlib, io, runpy, sys
+for path in sys.argv[1:]:
+    sys.argv, sys.path[0] = [path, "--help"], path.rpartition("/")[0]
+    with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.suppress(SystemExit):
+        runpy.run_path(path, run_name="__main__")
+    heavy = {"torch", "deepspeed", "transformers", "numpy", "pydantic", "yaml"} & sys.modules.keys()
+    assert "usage: " in shown.getvalue() and not heavy, (path, heavy)
+"""
+
+
+def test_help_waits_for_no_library() -> None:
+    """Of every script, in one interpreter: what one has imported another finds."""
+    scripts = [ROOT / name for name in SCRIPTS] + sorted((ROOT / "tools").rglob("*.py"))
+    command = [sys.executable, "-c", HELP, *map(str, scripts)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_only_training_needs_deepspeed() -> None:
+    """The modules that tools, generation and evaluation run with do not import it, unlike those that build engines."""
+    names = ("checkpoint", "data", "evaluation", "inference", "launch", "model", "parallel", "watch")
+    program = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)\n"
+    program += "assert 'deepspeed' not in sys.modules"
+    found = [name for name in modules() if package(name) in names and not name.endswith(".__main__")]
+    command = [sys.executable, "-c", program, "neox.training.vocabulary", *found]
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environ)
+    assert done.returncode == 0, done.stderr
 
 
 def lines_of(path: Path) -> int:

@@ -1,12 +1,11 @@
 import json
 import re
-import shutil
 import subprocess
-import sysconfig
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from corpus import documents
 from scripts_of import fork_script
 
 from neox.config import load_config
@@ -16,7 +15,6 @@ from neox.quickstart.commands import run_script
 from neox.quickstart.pace import affordable_steps
 from neox.quickstart.run import Run, run_quickstart
 
-PACKAGES = ("asyncio", "email", "json", "logging", "urllib", "xml")  # a small part of the standard library
 TINY = {
     "num_layers": 2,
     "hidden_size": 64,
@@ -42,9 +40,9 @@ TINY = {
 
 def make_run(folder: Path, **changes: object) -> tuple[Run, Path]:
     library = folder / "library"
-    for package in PACKAGES:
-        source = Path(sysconfig.get_path("stdlib")) / package
-        shutil.copytree(source, library / package, ignore=shutil.ignore_patterns("__pycache__"))
+    library.mkdir()
+    for number, text in enumerate(documents()):
+        (library / f"module{number}.py").write_text(text)
     config = folder / "tiny.yml"
     config.write_text(json.dumps(TINY | changes))
     return Run(folder / "run", config), library
@@ -95,6 +93,21 @@ def test_a_mistake_stops_it_before_training(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="hidden_sise"):
         run_quickstart(run, vocab_size=512, library=library)
     assert not run.samples.exists()
+
+
+def test_the_files_of_others_are_not_replaced(tmp_path: Path) -> None:
+    run, library = make_run(tmp_path, hidden_sise=64)
+    run.out.mkdir()
+    (run.out / "train.jsonl").write_text("mine\n")
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"^--out .*run: is there already and was not made by a quickstart; "):
+            run_quickstart(run, vocab_size=512, library=library)
+    assert [path.name for path in run.out.iterdir()] == ["train.jsonl"]
+    assert (run.out / "train.jsonl").read_text() == "mine\n"
+    (run.out / "train.jsonl").unlink()
+    for _ in range(2):  # a folder of its own is used again
+        with pytest.raises(ConfigError, match="hidden_sise"):
+            run_quickstart(run, vocab_size=512, library=library)
 
 
 def test_a_failing_script_stops_it(capfd: pytest.CaptureFixture[str]) -> None:

@@ -27,8 +27,9 @@ def processes_of(pid: int) -> list[int]:
 
 
 def tell_all(pid: int) -> None:
-    for process in processes_of(pid):
-        os.kill(process, signal.SIGUSR1)
+    for signum in (signal.SIGHUP, signal.SIGUSR1):
+        for process in processes_of(pid):
+            os.kill(process, signum)
 
 
 def tell_launcher(pid: int) -> None:
@@ -42,9 +43,10 @@ def steps(save: Path) -> list[int]:
 
 
 def run_and_ask(config: Path, save: Path, ask: Callable[[int], None]) -> tuple[int, str]:
-    """Start two ranks with a process each that reads ahead; `ask` when some steps are done."""
+    """Start two ranks with a process each that reads ahead, as `nohup` does; `ask` when some steps are done."""
+    nohup = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh"]
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), str(config)],
+        [*nohup, sys.executable, str(ROOT / "train.py"), str(config)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
@@ -52,13 +54,13 @@ def run_and_ask(config: Path, save: Path, ask: Callable[[int], None]) -> tuple[i
         text=True,
     )
     try:
-        before, deadline = len(steps(save)), time.monotonic() + 600
+        before, deadline = len(steps(save)), time.monotonic() + 240
         while len(steps(save)) < before + 3:
             assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < deadline, "no step in time"
             time.sleep(0.05)
         ask(process.pid)
-        err = process.communicate(timeout=600)[1]
+        err = process.communicate(timeout=240)[1]
         return process.returncode, err
     finally:
         process.kill()
@@ -68,7 +70,7 @@ def run_and_ask(config: Path, save: Path, ask: Callable[[int], None]) -> tuple[i
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     save = str(tmp_path / "run")
-    flat = {"data_path": write_corpus(tmp_path / "stdlib_text_document"), "save": save, "load": save, "num_gpus": 2}
+    flat = {"data_path": write_corpus(tmp_path / "corpus_text_document"), "save": save, "load": save, "num_gpus": 2}
     flat |= {"checkpoint_factor": 10_000, "train_iters": 10_000, "log_interval": 1, "num_workers": 1}
     path = tmp_path / "model.yml"
     path.write_text(json.dumps(MODEL | TRAINING | ADAMW | flat | {"requeue_status": 75}))

@@ -12,7 +12,7 @@ from neox.checkpoint.native.integrity import damages
 
 
 def test_data_that_vanish_in_the_middle(tmp_path: Path) -> None:
-    save, corpus = tmp_path / "run", write_corpus(tmp_path / "stdlib_text_document")
+    save, corpus = tmp_path / "run", write_corpus(tmp_path / "corpus_text_document")
     flat = {"data_path": corpus, "save": str(save), "checkpoint_factor": 2, "train_iters": 100_000, "log_interval": 1}
     flat |= {"num_workers": 1, "io_retry_time": 1}
     (tmp_path / "model.yml").write_text(json.dumps(MODEL | TRAINING | ADAMW | flat))

@@ -23,7 +23,7 @@ STEPS = 30
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("restarts")
-    flat = {"data_path": write_corpus(folder / "stdlib_text_document"), "checkpoint_factor": 5, "train_iters": STEPS}
+    flat = {"data_path": write_corpus(folder / "corpus_text_document"), "checkpoint_factor": 5, "train_iters": STEPS}
     path = folder / "model.yml"
     path.write_text(json.dumps(MODEL | TRAINING | ADAMW | flat | {"log_interval": 1, "save": str(folder / "whole")}))
     return path

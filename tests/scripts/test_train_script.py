@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "stdlib_text_document")
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus_text_document")
 
 
 def settings(corpus: str, save: Path, **changes: Any) -> dict[str, Any]:
@@ -89,14 +89,27 @@ def test_joins_under_a_launcher(tmp_path: Path, corpus: str, launcher: str) -> N
     assert manifest["layout"]["data_parallel_size"] == 2
 
 
+PDSH = """#!/bin/bash
+# A stand-in for `pdsh -S -f N -w HOST COMMAND...`: the host is this machine, and the first, as %n is to say.
+while [ "$1" != -w ]; do shift; done
+shift 2
+exec sh -c "${*//%n/0}"
+"""
+
+
 def test_a_hostfile_hands_over_to_the_deepspeed_launcher(tmp_path: Path, corpus: str) -> None:
+    pdsh = tmp_path / "bin" / "pdsh"
+    pdsh.parent.mkdir()
+    pdsh.write_text(PDSH)
+    pdsh.chmod(0o755)
     hostfile = tmp_path / "hosts"
     hostfile.write_text("localhost slots=2\n")
     config = write_config(
         tmp_path,
         settings(corpus, tmp_path / "run", master_port=free_port(), no_ssh_check=True, master_addr="127.0.0.1"),
     )
-    done = train(config, "-H", hostfile, DS_ACCELERATOR="cpu")
+    path = f"{pdsh.parent}{os.pathsep}{os.environ['PATH']}"
+    done = train(config, "-H", hostfile, DS_ACCELERATOR="cpu", PATH=path)
     assert done.returncode == 0, done.stderr[-3000:]
     manifest = json.loads((tmp_path / "run" / "global_step2" / "manifest.json").read_text())
     assert manifest["layout"]["data_parallel_size"] == 2

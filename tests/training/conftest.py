@@ -7,8 +7,8 @@ from training.layouts import write_corpus
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Source text of the standard library by ASCII code."""
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "stdlib_text_document")
+    """Documents by ASCII code."""
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus_text_document")
 
 
 @pytest.fixture(scope="session")

@@ -1,15 +1,14 @@
 """Runs whose rows hold several documents, and whose lengths and batches grow; and the same written out by hand."""
 
 import dataclasses
-import hashlib
 import json
-import sysconfig
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from corpus import documents
 from training.layouts import MODEL, SGD, TRAINING, Recorder
 
 from neox.config import Config, config_from_dict
@@ -17,7 +16,7 @@ from neox.data import IndexedDatasetWriter, build_datasets
 from neox.model.build import build_decoder, fresh_weights
 from neox.parallel.mesh import build_mesh
 from neox.parallel.rng import seed_dropout
-from neox.training.batches import micro_batch
+from neox.training.batches import document_context
 from neox.training.callbacks import Checkpoints
 from neox.training.loop import Run, training_loop
 from neox.training.run import batch_maker, start_or_resume, train_loader
@@ -45,16 +44,12 @@ LENGTHS = [12, 16, 20, 24, 32, 32]
 
 
 def write_documents(prefix: Path) -> str:
-    """Short documents of source text by ASCII code, each with its end-of-document token."""
-    files = sorted(
-        Path(sysconfig.get_paths()["stdlib"]).glob("*.py"), key=lambda p: hashlib.md5(p.name.encode()).hexdigest()
-    )
+    """Pieces of the tests' corpus by ASCII code, each with its end-of-document token."""
     random = np.random.RandomState(3)
     with IndexedDatasetWriter(prefix, np.uint16) as writer:
-        for file in files[:60]:
-            text = file.read_text(errors="ignore").encode("ascii", "ignore").replace(b"\0", b"")[:400]
-            ids = np.frombuffer(text, dtype=np.uint8).astype(np.uint16)
-            for piece in np.split(ids, np.sort(random.randint(0, len(ids), 20)) if len(ids) else []):
+        for text in documents()[:60]:
+            ids = np.frombuffer(text[:400].encode("ascii"), dtype=np.uint8).astype(np.uint16)
+            for piece in np.split(ids, np.sort(random.randint(0, len(ids), 20))):
                 if len(piece):
                     writer.add_document(np.append(piece, END).astype(np.uint16))
     return str(prefix)
@@ -153,6 +148,6 @@ def _sgd(model: torch.nn.Module, config: Config) -> torch.optim.SGD:
 
 
 def packed_row(tokens_BS: torch.Tensor) -> Any:
-    """The context of packed rows."""
-    item = {"tokens": torch.nn.functional.pad(tokens_BS, (0, 1))}
-    return micro_batch(item, device=torch.device("cpu"), mask_after=None, document_end=END).context
+    """The context of packed rows whose documents end with END."""
+    ends_BS = tokens_BS == END
+    return document_context(ends_BS.cumsum(1) - ends_BS.long())

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from ranks import run_ranks
+from training.layouts import EPS
 
 from neox.config import config_from_dict
 from neox.data import IndexedDatasetWriter
@@ -30,7 +31,7 @@ MODEL = {
     "num_workers": 0,
     "precision": "fp32",
     "log_interval": 1,
-    "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "eps": EPS}},
     "gradient_clipping": 1.0,
 }
 DOCUMENTS = 40

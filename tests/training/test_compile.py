@@ -8,6 +8,7 @@ from training.layouts import ADAMW, MODEL, TRAINING, curve_of
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compilers")
 @pytest.mark.parametrize("changes", [{}, {"checkpoint_activations": True}], ids=["plain", "recompute"])
 def test_compiled_blocks_change_nothing(corpus: str, changes: dict[str, Any]) -> None:
     flat = MODEL | TRAINING | ADAMW | {"data_path": corpus, "train_iters": 6} | changes

@@ -59,6 +59,8 @@ def damaged_copy(saved: dict[str, Any], root: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("changes", [{}, {"finetune": True}], ids=["resume", "finetune"])
 def test_a_flipped_bit_is_refused_on_all_ranks(tmp_path: Path, saved: dict[str, Any], changes: dict[str, Any]) -> None:
     flat = damaged_copy(saved, tmp_path / "run") | changes
+    if changes:  # a new run, for which there is no place in the folder of another
+        flat["save"] = str(tmp_path / "tuned")
     prepare(config_from_dict(flat, world_size=2))  # which reads no tensors
     (first, _), (second, _) = run_ranks(train, 2, flat)
     assert first == second

@@ -1,5 +1,6 @@
 """Documents of a packed row do not see each other: the row is worth its documents alone, in every layout."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,10 +8,10 @@ import pytest
 import torch
 from ranks import run_ranks
 from training.growth import CURRICULUM, END, LENGTHS, RAMP, SIZES, by_hand, packed_row, run, settings
-from training.layouts import MODEL, VOCABULARY
+from training.layouts import MODEL, SGD, TRAINING, VOCABULARY
 
 from neox.config import config_from_dict
-from neox.data import build_datasets
+from neox.data import IndexedDatasetWriter, build_datasets
 from neox.errors import UserError
 from neox.model.attention import Attention
 from neox.model.build import build_decoder, fresh_weights
@@ -55,23 +56,23 @@ def row_of_documents(*, seed: int = 0) -> torch.Tensor:
 
 
 def test_documents_are_numbered_and_positions_begin_again() -> None:
-    tokens_BS = torch.randint(0, 4, (16, 40), generator=torch.Generator().manual_seed(1))
-    context = document_context(tokens_BS, END)
-    for tokens, documents, positions in zip(tokens_BS, context.documents_BS, context.positions_BS, strict=True):
+    ends_BS = torch.randint(0, 4, (16, 40), generator=torch.Generator().manual_seed(1)) == 0
+    context = document_context(ends_BS.cumsum(1) - ends_BS.long())
+    for ends, documents, positions in zip(ends_BS, context.documents_BS, context.positions_BS, strict=True):
         document = position = 0
-        for i, token in enumerate(tokens):
+        for i, is_end in enumerate(ends):
             assert (int(documents[i]), int(positions[i])) == (document, position)
             position += 1
-            if token == END:
+            if is_end:
                 document, position = document + 1, 0
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_packed_row_is_its_documents_alone(name: str) -> None:
-    model, tokens_BS = decoder(name), row_of_documents()
+    model, tokens_BS = decoder(name).double(), row_of_documents()
     packed = model(tokens_BS, None, packed_row(tokens_BS))
     alone = [model(document) for document in tokens_BS.split(DOCUMENTS, dim=1)]
-    torch.testing.assert_close(packed, torch.cat(alone, dim=1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(packed, torch.cat(alone, dim=1), rtol=0, atol=1e-12)
     assert (packed - model(tokens_BS)).abs().max() > 1e-3
 
 
@@ -97,7 +98,7 @@ def test_other_documents_have_no_influence_and_get_no_gradient(name: str) -> Non
 
 
 def test_gradients_are_the_sum_of_the_documents_alone() -> None:
-    model, tokens_BS = decoder("rotary"), row_of_documents()
+    model, tokens_BS = decoder("rotary").double(), row_of_documents()
     labels_BS, weights_BS = tokens_BS.roll(-1), torch.linspace(0.5, 1.5, tokens_BS.shape[1])[None]
     model(tokens_BS, Targets(labels_BS, weights_BS), packed_row(tokens_BS)).backward()
     packed = {name: p.grad for name, p in model.named_parameters()}
@@ -139,15 +140,55 @@ def test_layout_equals_plain_torch_of_single_documents(documents: str, layout: s
 
 
 def test_masking_and_loss_at_the_ends_are_two_switches() -> None:
-    item = {"tokens": torch.nn.functional.pad(row_of_documents(), (0, 1))}
-    is_end = item["tokens"][:, :-1] == END
-    for document_end in (None, END):
+    tokens = torch.nn.functional.pad(row_of_documents(), (0, 1))
+    is_end = tokens[:, :-1] == END
+    for documents in ({}, {"documents": (tokens == END).cumsum(1)}):
         for mask_after in (None, END):
-            made = micro_batch(item, device=torch.device("cpu"), mask_after=mask_after, document_end=document_end)
-            assert (made.context is None) == (document_end is None)
+            item = {"tokens": tokens} | documents
+            made = micro_batch(item, device=torch.device("cpu"), mask_after=mask_after)
+            assert (made.context is None) == (not documents)
             assert (made.mask_BS is None) == (mask_after is None)
             if made.mask_BS is not None:
                 assert torch.equal(made.mask_BS == 0, is_end)
+
+
+def conversations(folder: Path, turn_end: int) -> dict[str, Any]:
+    """Documents of four turns, the last two of which are labelled, each ended by `turn_end`."""
+    rng = np.random.RandomState(2)
+    with (
+        IndexedDatasetWriter(folder / "chat", np.int32) as tokens,
+        IndexedDatasetWriter(folder / "labels", np.int32) as labels,
+    ):
+        for _ in range(40):
+            turns = [np.append(rng.randint(1, VOCABULARY, rng.randint(2, 7)), turn_end) for _ in range(4)]
+            ids = np.concatenate(turns)
+            tokens.add_document(ids)
+            labels.add_document(np.where(np.arange(len(ids)) < len(turns[0]) + len(turns[1]), -100, ids))
+    paths = {f"{split}_data_paths": [str(folder / "chat")] for split in ("train", "valid", "test")}
+    return paths | {f"{split}_label_data_paths": [str(folder / "labels")] for split in ("train", "valid", "test")}
+
+
+def first_loss(data: dict[str, Any], **changes: Any) -> float:
+    flat = MODEL | TRAINING | SGD | data | {"init_method_std": 0.3, "tokenizer_type": "CharLevelTokenizer"} | changes
+    return run_ranks(losses_of_a_step, 1, flat)[0]
+
+
+def losses_of_a_step(flat: dict[str, Any]) -> float:
+    config = config_from_dict(flat, world_size=1)
+    mesh = build_mesh(config)
+    engine = build_engine(config, mesh, fresh_weights(config))
+    batch = batch_maker(config, mesh).next(train_loader(config, mesh, build_datasets(config), 0))
+    return float(engine.evaluate(batch))
+
+
+@pytest.mark.parametrize("turn_end", [END, 3], ids=["the tokenizer's end of document", "another token"])
+def test_documents_are_those_of_the_index_whatever_ends_their_turns(tmp_path: Path, turn_end: int) -> None:
+    data = conversations(tmp_path, turn_end)
+    alone = {"pack_impl": "unpacked", "seq_length": 31}
+    whole, masked = (first_loss(data, document_masking=masks, **alone) for masks in (False, True))
+    assert masked == pytest.approx(whole, abs=1e-6)  # the row is one document, whose answer sees its question
+    whole, masked = (first_loss(data, document_masking=masks, pack_impl="packed") for masks in (False, True))
+    assert abs(masked - whole) > 1e-3  # the row has several, which do not see each other
 
 
 def masks_and_tables(flat: dict[str, Any], world_size: int) -> tuple[int, int]:
@@ -174,7 +215,8 @@ def test_blocks_of_a_stage_share_masks_and_tables(documents: str) -> None:
     assert run_ranks(masks_and_tables, 2, flat, 2) == [(3, 2), (3, 2)]
 
 
-def test_the_token_that_ends_documents_is_looked_up_before_any_worker_starts(documents: str) -> None:
-    flat = settings(documents, eod_mask_loss=False, tokenizer_type="HFTokenizer", vocab_file="absent.json")
+def test_the_token_after_which_no_loss_is_taken_is_looked_up_before_any_worker_starts(documents: str) -> None:
+    flat = settings(documents, tokenizer_type="HFTokenizer", vocab_file="absent.json")
     with pytest.raises(UserError, match=r"absent\.json"):
         prepare(config_from_dict(flat, world_size=1))
+    prepare(config_from_dict(flat | {"eod_mask_loss": False}, world_size=1))

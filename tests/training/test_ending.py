@@ -20,6 +20,7 @@ from neox.checkpoint.native.integrity import damages
 from neox.config import config_from_dict
 from neox.training.ending import Pace
 from neox.training.saving import Saver
+from neox.training.signals import noted_signals
 
 STEPS = 12
 
@@ -151,16 +152,33 @@ with noted_signals() as signals:
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stderr is not None
-    assert process.stdout.readline() == b"ready\n"
-    process.send_signal(signal.SIGINT)
-    assert process.stderr.readline().startswith(b"SIGINT: the run ends after its step")
-    deadline = time.monotonic() + 240
-    while process.poll() is None:  # at once it would pass for an echo of the first
-        assert time.monotonic() < deadline
+    try:
+        assert process.stdout.readline() == b"ready\n"
         process.send_signal(signal.SIGINT)
-        time.sleep(0.05)
-    assert process.communicate()[1] == b""
+        assert process.stderr.readline().startswith(b"SIGINT: the run ends after its step")
+        deadline = time.monotonic() + 240
+        while process.poll() is None:  # at once it would pass for an echo of the first
+            assert time.monotonic() < deadline
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.05)
+        assert process.communicate()[1] == b""
+    finally:
+        process.kill()
     assert process.returncode == 130
+
+
+@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGINT])
+def test_a_signal_that_is_ignored_when_a_run_starts_stays_so(signum: signal.Signals) -> None:
+    before = signal.signal(signum, signal.SIG_IGN)
+    try:
+        with noted_signals() as signals:
+            signals.have_met = True
+            signal.raise_signal(signum)
+            signal.raise_signal(signal.SIGUSR1)
+        assert signals.received == [signal.SIGUSR1]
+        assert signal.getsignal(signum) is signal.SIG_IGN
+    finally:
+        signal.signal(signum, before)
 
 
 def train_alone(flat: dict[str, Any], variables: dict[str, str]) -> None:

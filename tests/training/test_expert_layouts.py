@@ -13,7 +13,7 @@ import pytest
 import torch
 from model_families import MIXTRAL
 from ranks import run_ranks
-from training.layouts import ADAMW, TRAINING, VOCABULARY, Recorder, allow_fp16_on_cpu
+from training.layouts import ADAMW, EPS, TRAINING, VOCABULARY, Recorder, allow_fp16_on_cpu
 
 SIZES: dict[str, Any] = {
     "num_layers": 3,
@@ -27,7 +27,7 @@ LOSSES = {"moe_aux_loss_coeff": 1.0, "moe_z_loss_coeff": 0.05}
 RUN: dict[str, Any] = {"train_iters": 5, "train_batch_size": 8, "train_micro_batch_size_per_gpu": 2, "warmup": 0.2}
 ZERO3 = {"zero_optimization": {"stage": 3}}
 FP16 = {"precision": "fp16", "fp16": {"enabled": True, "initial_scale_power": 9}, "zero_optimization": {"stage": 1}}
-MUON = {"optimizer": {"type": "Muon", "params": {"lr": 0.02, "adamw_lr": 3e-3}}}
+MUON = {"optimizer": {"type": "Muon", "params": {"lr": 0.02, "adamw_lr": 3e-3, "eps": EPS}}}
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     1: {
         "one": {},
@@ -179,19 +179,23 @@ def fixed_tokens() -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray]:
-    """A folder of transformers' own making, and its logits of the fixed tokens."""
+    """A folder of transformers' own making, and its logits of the fixed tokens in float64.
+
+    The matrices are small enough that the layers do not enlarge the rounding of fp32.
+    """
     from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(3)
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 3}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32}
     experts = {"num_local_experts": 5, "num_experts_per_tok": 2, "router_aux_loss_coef": 1.0}
-    model = MixtralForCausalLM(MixtralConfig(**sizes, **heads, **experts, initializer_range=0.15)).eval()
+    model = MixtralForCausalLM(MixtralConfig(**sizes, **heads, **experts, initializer_range=0.1)).eval()
     folder = tmp_path_factory.mktemp("mixtral") / "tiny-mixtral"
     model.save_pretrained(folder, max_shard_size="50KB")
     assert len(list(folder.glob("*.safetensors"))) > 2
+    model.set_experts_implementation("eager")  # the default has no kernel for float64
     with torch.no_grad():
-        return folder, model(fixed_tokens()[:, :-1]).logits.numpy()
+        return folder, model.double()(fixed_tokens()[:, :-1]).logits.numpy()
 
 
 @pytest.fixture(scope="module")
@@ -254,4 +258,7 @@ def test_half_precision_scales_them_with_the_loss(found: dict[str, Outcome]) -> 
     assert found["fp16"].scale == found["fp16"].loss_scale / 4
     assert found["fp16"].loss_scale >= 2**8
     np.testing.assert_allclose(found["fp16"].losses, found["one"].losses, rtol=0, atol=5e-2)
-    np.testing.assert_allclose(found["fp16"].norms, found["one"].norms, rtol=5e-2)
+    half, one, without = (np.array(found[name].norms) for name in ("fp16", "one", "without"))
+    np.testing.assert_allclose(half[0], one[0], rtol=5e-3)
+    # Later, rounding sends some tokens to other experts; without these losses the norms are much further away.
+    assert (np.abs(half - one) < 0.25 * np.abs(one - without)).all()

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from neox.training.logs.files import AppendedFile
 from neox.training.metrics import loggers
 from neox.training.metrics.json_lines import JsonLinesSink
 from neox.training.metrics.loggers import LineSink, MetricLog, TensorBoardSink
@@ -71,7 +72,7 @@ class Writer:
 
 
 def test_tensorboard_goes_on_in_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loggers, "_optional_import", lambda *_, **__: SimpleNamespace(SummaryWriter=Writer))
+    monkeypatch.setattr(loggers, "optional_import", lambda *_, **__: SimpleNamespace(SummaryWriter=Writer))
     metrics = MetricLog([TensorBoardSink(tmp_path)])
     metrics.log(1, {"x": 1.0})
     Writer.made[0].has_died = True
@@ -92,3 +93,33 @@ def test_a_defect_and_a_reader_that_left_are_not_hidden(tmp_path: Path) -> None:
         MetricLog([LineSink(10, Gone())]).log(1, {"train/lm_loss": 1.0})  # type: ignore[arg-type]
     with pytest.raises(AttributeError):
         MetricLog([LineSink(10, object())]).log(1, {"train/lm_loss": 1.0})  # type: ignore[arg-type]
+
+
+def test_storage_that_fails_when_a_run_starts_is_tried_again_and_no_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As it may when a run is started again after such a failure."""
+
+    def fail(*arguments: Any, **keywords: Any) -> Any:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    class Failing(Writer):
+        def __init__(self, log_dir: str) -> None:
+            fail() if not caplog.records else super().__init__(log_dir)
+
+    monkeypatch.setattr(loggers, "optional_import", lambda *_, **__: SimpleNamespace(SummaryWriter=Failing))
+    board = MetricLog([TensorBoardSink(tmp_path)])
+    assert len(caplog.records) == 1
+    board.log(1, {"x": 1.0})
+    assert Writer.made[-1].steps == [1]
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", fail)
+        lines = MetricLog([JsonLinesSink(tmp_path / "metrics.jsonl")])
+        told: list[str] = []
+        file = AppendedFile(tmp_path / "logs" / "rank.log", told.append)
+        file.append("lost\n")
+    lines.log(1, {"x": 1.0})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["step"] == 1
+    file.append("kept\n")
+    assert (tmp_path / "logs" / "rank.log").read_text() == "kept\n"
+    assert len(told) == 2  # that it cannot be written, and that it can again

@@ -10,8 +10,9 @@ from typing import ClassVar
 import pytest
 
 from neox.errors import ConfigError
-from neox.training.metrics import loggers
-from neox.training.metrics.loggers import BarSink, JsonLinesSink, LineSink, MetricLog, console_lines, wants_wandb
+from neox.training.metrics import loggers, services
+from neox.training.metrics.loggers import BarSink, JsonLinesSink, LineSink, MetricLog, console_lines
+from neox.training.metrics.services import wants_wandb
 from neox.training.validation import perplexity
 
 TRAIN = {
@@ -222,6 +223,14 @@ class FakeWandb(ModuleType):
     class Error(Exception):
         pass
 
+    class CommError(Error):
+        pass
+
+    class AuthenticationError(CommError):
+        pass
+
+    errors = SimpleNamespace(CommError=CommError, AuthenticationError=AuthenticationError)
+
     def __init__(self, *, refuse=False):
         super().__init__("wandb")
         self.refuse, self.settings, self.logged, self.finished = refuse, None, [], False
@@ -316,6 +325,7 @@ def test_comet_that_is_missing_or_refuses(config, monkeypatch):
     def refuse(**_):
         raise ValueError("no API key.\nmore lines")
 
+    monkeypatch.setattr(services, "_answers", lambda address: True)
     comet = ModuleType("comet_ml")
     comet.start = refuse
     monkeypatch.setitem(sys.modules, "comet_ml", comet)

@@ -189,7 +189,7 @@ def test_a_disk_that_is_full_loses_lines_and_nothing_else(tmp_path: Path, monkey
     file.write("d\ne\n")
     assert texts(tmp_path / "x.log", 7, r"\S+") == ["d", "e"]
     assert [text.partition("x.log: ")[2] for text in said] == [
-        "cannot be written (No space left on device); its lines are lost until it can\n",
+        f"cannot be written ({os.strerror(errno.ENOSPC)}); its lines are lost until it can\n",
         "can be written again\n",
     ]
 

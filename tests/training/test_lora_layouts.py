@@ -222,13 +222,19 @@ def weights_at_the_start(flat: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in engine.parameters().items()}
 
 
+def assert_same_matrix(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """W + s B A added up twice in fp32: the order of its 1 + rank terms may depend on where in memory they lie."""
+    bound = (1 + LORA["lora"]["rank"]) * 2**-23 * float(expected.abs().max())
+    torch.testing.assert_close(found, expected, rtol=0, atol=bound)
+
+
 def test_finetuning_starts_from_merged_weights_with_fresh_factors(corpus: str, run_folder: Path) -> None:
     flat = settings(corpus, load=str(run_folder), finetune=True, seed=77)
     (started,) = run_ranks(weights_at_the_start, 1, flat)
     reader, fresh = merged(open_checkpoint(run_folder)), fresh_weights(config_from_dict(flat))
     for name, weight in started.items():
         expected = fresh(name, weight.shape) if is_factor(name) else reader.tensor(name)
-        assert torch.equal(weight, expected), name
+        assert_same_matrix(weight, expected)
     moved = "layers.2.attention.dense.weight"
     assert not torch.equal(started[moved], NativeReader(reader.folder).tensor(moved))
 
@@ -297,7 +303,8 @@ def test_merging_script_writes_a_checkpoint_to_go_on_from(tmp_path: Path, corpus
     merge(["--input_dir", str(run_folder), "--output_dir", str(tmp_path / "merged")])
     reader, expected = open_checkpoint(tmp_path / "merged"), merged(open_checkpoint(run_folder))
     assert sorted(reader.names()) == sorted(expected.names())
-    assert all(torch.equal(reader.tensor(name), expected.tensor(name)) for name in reader.names())
+    for name in reader.names():
+        assert_same_matrix(reader.tensor(name), expected.tensor(name))
     described = [open_described(folder)[1] for folder in (tmp_path / "merged", run_folder)]
     assert described[0].model == described[1].model
     assert not described[0].lora.is_on

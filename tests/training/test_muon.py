@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from training.layouts import MODEL, TRAINING, Curve, curve_of
+from training.layouts import EPS, MODEL, TRAINING, Curve, curve_of
 
 from neox.config import config_from_dict
 from neox.model.build import build_decoder, fresh_weights
@@ -13,7 +13,7 @@ from neox.training.optimizers.build import build_optimizer
 from neox.training.optimizers.muon import orthogonalize, update_scale
 
 MUON = {
-    "optimizer": {"type": "Muon", "params": {"lr": 3e-3, "momentum": 0.9, "adamw_lr": 1e-3}},
+    "optimizer": {"type": "Muon", "params": {"lr": 3e-3, "momentum": 0.9, "adamw_lr": 1e-3, "eps": EPS}},
     "gradient_clipping": 0.5,
     "train_iters": 6,
     "train_batch_size": 12,
@@ -47,10 +47,11 @@ def references(corpus: str) -> dict[str, Curve]:
 def test_layout_equals_one_process(corpus: str, references: dict[str, Curve], layout: str) -> None:
     family, world_size, changes = LAYOUTS[layout]
     reference, found = references[family], curve_of(settings(corpus, family) | changes, world_size)
-    tolerance = 1e-5 if family != "bf16" else 5e-3
+    # Weights in bf16 may be rounded to two neighbours of the same number.
+    tolerance, spacing = (1e-5, 0.0) if family != "bf16" else (5e-3, 2**-7)
     np.testing.assert_allclose(found.losses, reference.losses, rtol=0, atol=tolerance)
     for name, weight in reference.weights.items():
-        np.testing.assert_allclose(found.weights[name], weight, rtol=0, atol=tolerance, err_msg=name)
+        np.testing.assert_allclose(found.weights[name], weight, rtol=spacing, atol=tolerance, err_msg=name)
 
 
 def newton_schulz(matrix: torch.Tensor) -> torch.Tensor:

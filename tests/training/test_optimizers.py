@@ -10,7 +10,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from torch import nn
-from training.layouts import MODEL, TRAINING, Recorder, curve_of
+from training.layouts import EPS, MODEL, TRAINING, Recorder, curve_of
 
 from neox.config import Config, config_from_dict
 from neox.data import build_datasets
@@ -161,7 +161,8 @@ def test_whole_matrices_at_every_layout_and_from_one_to_another(tmp_path: Path, 
     """Tensor 2, data 2, ZeRO 1 ends where one process does; so does one process that takes its checkpoint up."""
     flat = MODEL | TRAINING | {"data_path": corpus, "train_iters": STEPS, "checkpoint_factor": 100}
     # The gradient of a key's bias is 0 but for rounding, which SM3 divides by its own size.
-    flat |= {"optimizer": {"type": kind, "params": {"lr": 3e-3}}, "use_bias_in_attn_linear": False}
+    eps = {"eps": EPS} if kind == "Muon" else {}
+    flat |= {"optimizer": {"type": kind, "params": {"lr": 3e-3, **eps}}, "use_bias_in_attn_linear": False}
     flat |= {"num_kv_heads": 2, "activation": "swiglu", "intermediate_size": 240}
     reference = curve_of(flat, 1).weights
     flat |= {"save": str(tmp_path)}

@@ -1,6 +1,8 @@
 """REINFORCE on the completions of a server."""
 
+import errno
 import json
+import os
 import socketserver
 import threading
 from collections.abc import Iterator
@@ -171,7 +173,7 @@ def test_a_single_completion_has_no_others() -> None:
 
 
 def test_no_server() -> None:
-    with pytest.raises(DataError, match=r"Connection refused; start it, or mend online_dataserver_ips"):
+    with pytest.raises(DataError, match=f"{os.strerror(errno.ECONNREFUSED)}; start it, or mend online_dataserver_ips"):
         ask("127.0.0.1", 9, "train", 10)
 
 

@@ -49,9 +49,17 @@ def train(flat: dict[str, Any], counts: dict[int, str]) -> str:
 
     torch.set_num_threads(1)
     os.environ["TORCHELASTIC_RESTART_COUNT"] = counts.get(int(os.environ["RANK"]), "0")
+    os.environ["TORCHELASTIC_MAX_RESTARTS"] = "3" if counts else "0"
     with contextlib.redirect_stderr(io.StringIO()) as written:
         train(prepare(resolve(flat, int(os.environ["WORLD_SIZE"]))))
     return written.getvalue()
+
+
+def refusal(flat: dict[str, Any], counts: dict[int, str]) -> str:
+    """Why `train` does not start."""
+    with pytest.raises(CheckpointError) as raised:
+        train(flat, counts)
+    return str(raised.value)
 
 
 def interrupted(tuned: dict[str, Any], root: Path) -> dict[str, Any]:
@@ -113,20 +121,36 @@ def test_when_a_run_goes_on_from_save(tmp_path: Path, tuned: dict[str, Any]) -> 
 
 
 def test_checkpoints_of_another_run_in_the_same_folder(tmp_path: Path, tuned: dict[str, Any]) -> None:
-    """A run that starts beside them, and is lost before its first save, does not go on from theirs."""
+    """A run is not started beside them, also not by a launcher that starts again what it has seen fail."""
     flat = interrupted(tuned, tmp_path / "run") | {"train_iters": 1, "checkpoint_factor": 100}
-    (said,) = run_ranks(train, 1, flat, {})
-    assert "resume" not in said
+    before = contents(tmp_path / "run")
+    refused = (
+        f"save {tmp_path / 'run'}: holds global_step2, global_step4, global_step6, which this run does not go on from; "
+        "name another folder or move them away, or set auto_resume: true to go on from the newest"
+    )
+    assert run_ranks(refusal, 1, flat, {}) == [refused]
+    assert not (tmp_path / "run" / BEGUN).exists()
+    assert run_ranks(refusal, 2, flat, {0: "0"}) == [refused, refused]  # where the ranks have met
     assert (tmp_path / "run" / BEGUN).is_file()
+    (tmp_path / "run" / "latest").rename(tmp_path / "lost")
+    assert run_ranks(refusal, 2, flat, {0: "1"}) == [refused, refused]
+    (tmp_path / "lost").rename(tmp_path / "run" / "latest")
+    assert contents(tmp_path / "run") == before
     begun = resolve(flat, 1)
-    (tmp_path / "run" / "latest").write_text("global_step4")  # as if it had been lost before its end
+    (tmp_path / "run" / "latest").write_text("global_step4")
     assert going_on(begun, restarted=True) is begun
     shutil.copytree(GOLDENS / "seq" / "global_step4", tmp_path / "run" / "global_step9")  # of GPT-NeoX
     (tmp_path / "run" / "latest").write_text("global_step9")
     assert going_on(begun, restarted=True) is begun
     (tmp_path / "run" / "latest").write_text("global_step4")
-    os.utime(tmp_path / "run/global_step4/manifest.json")  # and as if it had saved
+    os.utime(tmp_path / "run/global_step4/manifest.json")  # as if it had begun beside them and saved
     assert load_folder(going_on(begun, restarted=True)) == tmp_path / "run/global_step4"
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """Every byte of the checkpoints in a folder."""
+    files = (path for path in [root / "latest", *root.glob("global_step*/**/*")] if path.is_file())
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
 
 
 def views(flat: dict[str, Any], late_looks: int) -> str:

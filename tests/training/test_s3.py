@@ -5,24 +5,26 @@ import re
 import socket
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import boto3
 import pytest
 import torch
-from checkpoint.small_checkpoints import save
+from checkpoint.small_checkpoints import RUN, manifest_of, save, stored
 from moto.server import ThreadedMotoServer
 from ranks import run_ranks
 from training.layouts import ADAMW, MODEL, TRAINING
 
 from neox.checkpoint.native.integrity import damages
+from neox.checkpoint.native.lineage import Lineage
 from neox.checkpoint.native.s3 import S3Folder, upload_checkpoint
-from neox.checkpoint.native.store import NativeReader, Team
+from neox.checkpoint.native.store import NativeReader, Team, write_checkpoint
 from neox.config import config_from_dict
-from neox.errors import ConfigError
+from neox.errors import CheckpointError, ConfigError
 from neox.pulse import pulses
-from neox.training.uploads import Uploads, check_store
+from neox.training.uploads import Uploads, check_copies, check_store
 
 PART = 5 * 2**20
 
@@ -126,7 +128,8 @@ def test_large_files_go_in_parts_and_the_manifest_and_latest_come_last(tmp_path:
     asked: list[tuple[str, str]] = []
 
     def note(params: dict[str, Any], model: Any, **others: Any) -> None:
-        asked.append((model.name, params["Key"].removeprefix("run/")))
+        if "Key" in params:  # not a look at what is there
+            asked.append((model.name, params["Key"].removeprefix("run/")))
 
     target._client.meta.events.register("provide-client-params.s3", note)
     assert upload_checkpoint(folder, target, Team()) is None
@@ -156,6 +159,39 @@ def test_what_failed_is_tried_again_with_the_next(tmp_path: Path, variables: dic
     root = download("comes-later", "run-7/run/", tmp_path / "again")
     assert [damages(root / f"global_step{step}") for step in (1, 2, 3)] == [[], [], []]
     assert (root / "latest").read_text() == "global_step3"
+
+
+def test_the_copies_of_another_run_stay(tmp_path: Path, bucket: str) -> None:
+    """Two folders of one name, and one address."""
+    settings = checkpoint_settings(f"s3://{bucket}/copies")
+    theirs, ours = Lineage("theirs"), Lineage("ours", ("theirs",))
+    uploads = Uploads(settings)
+    for iteration in (1, 2):
+        assert uploads.upload(save_as(theirs, tmp_path / "a" / "run", iteration), Team()) is None
+    check_copies(settings, theirs, start=2)
+    check_copies(settings, theirs, start=1)  # its own, further on
+    check_copies(settings, ours, start=1)
+    for lineage, start, held in ((ours, None, "run/global_step1, run/global_step2"), (RUN, 1, "run/global_step2")):
+        with pytest.raises(CheckpointError) as raised:
+            check_copies(settings, lineage, start=start)
+        assert str(raised.value) == (
+            f"s3_path s3://{bucket}/copies: holds {held} of another run; name another s3_path or save"
+        )
+    before = download(bucket, "copies/run/", tmp_path / "before")
+    warning = Uploads(settings).upload(save(tmp_path / "b" / "run", 2), Team())
+    assert warning is not None
+    assert "global_step2 not uploaded (run/global_step2 there is another run's, which is not replaced)" in warning
+    after = download(bucket, "copies/run/", tmp_path / "after")
+    for path in (path for path in before.rglob("*") if path.is_file()):
+        assert path.read_bytes() == (after / path.relative_to(before)).read_bytes()
+    assert Uploads(settings).upload(save_as(ours, tmp_path / "c" / "run", 2), Team()) is None
+
+
+def save_as(lineage: Lineage, root: Path, iteration: int) -> Path:
+    manifest = replace(manifest_of(iteration), run=lineage.run, lineage=list(lineage.parents))
+    return write_checkpoint(
+        root, iteration=iteration, tensors=stored(iteration), manifest=manifest, configs={}, team=Team()
+    )
 
 
 def checkpoint_settings(address: str) -> Any:

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoint.small_checkpoints import RUN, save
 
 from neox.checkpoint.native.commit import prune_checkpoints
-from neox.checkpoint.native.manifest import LATEST, MANIFEST, Progress
+from neox.checkpoint.native.manifest import MANIFEST, Progress
 from neox.checkpoint.storage.tensor_file import TensorFileWriter
 from neox.data.gpt_dataset import Sample
 from neox.files import WriteBehind
@@ -191,15 +192,12 @@ def test_parts_of_a_large_file_count_when_they_are_on_the_disk(tmp_path: Path, m
 
 
 def test_deleting_a_checkpoint_of_many_ranks_counts(clock: list[float], tmp_path: Path) -> None:
-    (tmp_path / LATEST).write_text("global_step2")
-    for name in ("global_step1", "global_step2"):
-        (tmp_path / name / "configs").mkdir(parents=True)
-        for file in (MANIFEST, "model-00000-000.safetensors", "configs/small.yml"):
-            (tmp_path / name / file).touch()
+    for iteration in (1, 2):
+        save(tmp_path, iteration)
     os.utime(tmp_path / "global_step1" / MANIFEST, (0, 0))
     idleness, before = signs.Idleness(5.0), pulses()
     clock[0] += 5.0
-    assert prune_checkpoints(tmp_path, keep=1) == ["global_step1"]
+    assert prune_checkpoints(tmp_path, keep=1, lineage=RUN) == ["global_step1"]
     assert [path.name for path in tmp_path.glob("*global_step*")] == ["global_step2"]
     assert pulses() >= before + 3
     assert idleness.look() == 0.0
@@ -272,7 +270,7 @@ def test_a_terminal_that_hangs_does_not_hold_up_the_watch(monkeypatch: pytest.Mo
 
     def hang(text: str) -> None:
         reached.set()
-        released.wait()
+        released.wait(240)
 
     monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=hang, flush=lambda: None))
     monkeypatch.setattr(client, "_SECONDS_TO_PRINT", 0.1)

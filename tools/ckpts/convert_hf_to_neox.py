@@ -9,14 +9,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from neox.checkpoint.conversion.imports import import_model
-from neox.checkpoint.huggingface import HuggingFaceReader
+from neox.launch.arguments import Parser
 from neox.launch.main import script_main
+from neox.results import print_result
 
 
 def main(arguments: list[str]) -> None:
     """Write the configuration, then the checkpoint it describes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--hf_dir", "--model", type=Path, required=True, help="folder with config.json and the weights")
     add("--output_dir", "--model_path", type=Path, required=True, help="gets global_step0 and latest")
@@ -25,12 +25,15 @@ def main(arguments: list[str]) -> None:
     add("--tp", "--pp", type=int, help="as in GPT-NeoX and without effect: the checkpoint loads at any layout")
     add("--dry-run", action="store_true", help="list the files with the bytes of their weights, and write nothing")
     options = parser.parse_args(arguments)
+    from neox.checkpoint.conversion.imports import import_model
+    from neox.checkpoint.huggingface import HuggingFaceReader
+
     reader = HuggingFaceReader(options.hf_dir)
     path = options.config_file or options.output_dir / "model.yml"
     for line in import_model(
         reader, options.output_dir, config_file=path, precision=options.precision, dry_run=options.dry_run
     ):
-        print(line)
+        print_result(line)
 
 
 if __name__ == "__main__":

@@ -14,21 +14,24 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from neox.checkpoint.inspection.contents import description, differences, facts, selected
-from neox.checkpoint.inspection.text import as_json, comparison, described, tree
-from neox.checkpoint.open import open_checkpoint
+from neox.launch.arguments import Parser
 from neox.launch.main import script_main
+from neox.results import print_result
 
 
 def main(arguments: list[str]) -> int:
     """Print the tree, or the differences."""
     options = _parse(arguments)
+    from neox.checkpoint.inspection.contents import description, differences, facts, selected
+    from neox.checkpoint.inspection.text import as_json, comparison, described, tree
+    from neox.checkpoint.open import open_checkpoint
+
     readers = [open_checkpoint(Path(path)) for path in options.path]
     about = [{"folder": str(reader.folder)} | description(reader) for reader in readers]
     names = selected(readers, match=options.match, attributes=options.attributes)
     lines = [line for found in about for line in described(found)]
     if options.dry_run:
-        print("\n".join(["would read", *lines]))
+        print_result("\n".join(["would read", *lines]))
         return 0
     if len(readers) == 1:
         tensors = list(facts(readers[0], names))
@@ -38,14 +41,14 @@ def main(arguments: list[str]) -> int:
         apart = [found for found in differences(readers[0], readers[1], names) if found is not None]
         content = {"checkpoints": about, "differences": [as_json(difference) for difference in apart]}
         lines, status = lines + comparison(apart, compared=len(names)), int(bool(apart))
-    print(json.dumps(content, indent=1) if options.json else "\n".join(lines))
+    print_result(json.dumps(content, indent=1) if options.json else "\n".join(lines))
     if options.interactive:
         code.interact(banner="checkpoints[0].tensor(NAME) reads a tensor", local={"checkpoints": readers})
     return status
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("path", nargs="+", metavar="CHECKPOINT", help="one to show, or two to compare")
     add("--match", default="", metavar="REGEX", help="only tensors whose name has a match")

@@ -9,14 +9,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from neox.checkpoint.described import open_described
-from neox.checkpoint.inspection.logits import BATCH_SIZE, check_tokens, read_tokens, streamed_logits, write_logits
+from neox.choices import LOGITS_BATCH_SIZE
+from neox.launch.arguments import Parser
 from neox.launch.main import script_main
+from neox.launch.options import positive
+from neox.results import print_result
 
 
 def main(arguments: list[str]) -> None:
     """Read ids [B, S], write fp32 logits [B, S, V]; V is the padded vocabulary of the checkpoint."""
     options = _parse(arguments)
+    from neox.checkpoint.described import open_described
+    from neox.checkpoint.inspection.logits import check_tokens, read_tokens, streamed_logits, write_logits
+
     tokens_BS = read_tokens(options.tokens)
     weights, config = open_described(options.checkpoint, options.config_file)
     check_tokens(tokens_BS, config.model)
@@ -24,26 +29,28 @@ def main(arguments: list[str]) -> None:
     size = 4 * shape[0] * shape[1] * shape[2]
     summary = f"{options.out}: logits {list(shape)} in fp32, {size:,} bytes, of {weights.folder}"
     if options.dry_run:
-        print(f"would write {summary}")
+        print_result(f"would write {summary}")
         return
     logits = streamed_logits(weights, config.model, tokens_BS, batch_size=options.batch_size)
     write_logits(options.out, logits, shape)
-    print(summary)
+    print_result(summary)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint of any known format, or a folder of them")
     add("--tokens", type=Path, required=True, metavar="FILE", help=".npy with integer ids [B, S] or [S]")
     add("--out", type=Path, required=True, metavar="FILE", help=".npy to write")
     add("--config_file", nargs="+", default=(), metavar="FILE", help="model; default: what the checkpoint says")
-    add("--batch_size", type=int, default=BATCH_SIZE, help=f"sequences computed together (default: {BATCH_SIZE})")
+    add(
+        "--batch_size",
+        type=positive,
+        default=LOGITS_BATCH_SIZE,
+        help="sequences computed together (default: %(default)s)",
+    )
     add("--dry-run", action="store_true", help="say what would be read and written, and write nothing")
-    options = parser.parse_args(arguments)
-    if options.batch_size < 1:
-        parser.error(f"--batch_size {options.batch_size}: at least 1")
-    return options
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

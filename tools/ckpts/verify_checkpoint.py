@@ -12,10 +12,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from neox.checkpoint.inspection.logits import BATCH_SIZE, read_tokens
-from neox.checkpoint.inspection.verify import compare_logits, damages_of
-from neox.checkpoint.open import locate_checkpoint
+from neox.choices import LOGITS_BATCH_SIZE
+from neox.launch.arguments import Parser
 from neox.launch.main import script_main
+from neox.launch.options import positive
+from neox.results import print_result
 
 TOLERANCE = 1e-4
 
@@ -23,33 +24,44 @@ TOLERANCE = 1e-4
 def main(arguments: list[str]) -> int:
     """Print a line for each thing that is wrong, or one that says that nothing is."""
     options = _parse(arguments)
+    from neox.checkpoint.inspection.logits import read_tokens
+    from neox.checkpoint.inspection.verify import compare_logits, damages_of
+    from neox.checkpoint.open import locate_checkpoint
+
     folders = [locate_checkpoint(path) for path in (options.checkpoint, options.logits) if path]
     if options.dry_run:
         for folder in folders:
             files = [path for path in folder.iterdir() if path.is_file()]
-            print(f"would read {folder}: {len(files)} files, {sum(path.stat().st_size for path in files):,} bytes")
+            print_result(
+                f"would read {folder}: {len(files)} files, {sum(path.stat().st_size for path in files):,} bytes"
+            )
         return 0
     if options.logits is None:
         damages = damages_of(folders[0])
-        print("\n".join(damages) or f"{folders[0]}: whole")
+        print_result("\n".join(damages) or f"{folders[0]}: whole")
         return int(bool(damages))
     tokens_BS = None if options.tokens == "random" else read_tokens(Path(options.tokens))
     found = compare_logits(
         *folders, tokens_BS=tokens_BS, config_files=options.config_file, batch_size=options.batch_size
     )
-    print(f"{folders[0]} and {folders[1]}: {found}")
-    return int(found.difference > options.tolerance)
+    print_result(f"{folders[0]} and {folders[1]}: {found}")
+    return int(not found.difference <= options.tolerance)  # nor is a difference that is no number
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint of any known format, or a folder of them")
     add("--logits", type=Path, metavar="OTHER", help="compare logits with this checkpoint instead of reading checksums")
     add("--tokens", default="random", metavar="FILE", help=".npy with integer ids [B, S]; default: random ones")
     add("--tolerance", type=float, default=TOLERANCE, help=f"largest difference of logits (default: {TOLERANCE:g})")
     add("--config_file", nargs="+", default=(), metavar="FILE", help="model, where the checkpoints do not say")
-    add("--batch_size", type=int, default=BATCH_SIZE, help=f"sequences computed together (default: {BATCH_SIZE})")
+    add(
+        "--batch_size",
+        type=positive,
+        default=LOGITS_BATCH_SIZE,
+        help="sequences computed together (default: %(default)s)",
+    )
     add("--dry-run", action="store_true", help="say what would be read")
     return parser.parse_args(arguments)
 

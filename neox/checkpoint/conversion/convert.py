@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from neox.checkpoint.huggingface import SHARD_BYTES
-from neox.checkpoint.native.manifest import LATEST, Layout, Manifest, Progress
+from neox.checkpoint.native.lineage import check_vacant
+from neox.checkpoint.native.manifest import Layout, Manifest, Progress
 from neox.checkpoint.native.store import AnnouncedTensor, StoredTensor, Team, divided, write_checkpoint
 from neox.checkpoint.storage.ahead import read_ahead
 from neox.checkpoint.storage.memory import available_bytes, return_freed
@@ -17,7 +18,7 @@ from neox.checkpoint.weight_map import weight_map
 from neox.checkpoint.weights import WeightReader, weight_source
 from neox.config import Config, ModelConfig
 from neox.errors import CheckpointError
-from neox.model.build import DTYPES, build_decoder
+from neox.model.build import DTYPES, build_decoder, in_dtype
 
 CHECK_TOKENS = (2, 32)
 """Sequences and tokens of the comparison."""
@@ -39,11 +40,10 @@ def write_native(weights: WeightReader, config: Config, root: Path, *, max_shard
         max_shard_bytes: bound on the size of a file.
 
     Raises:
-        CheckpointError: the weights do not fit the configuration, or `root` is the folder of a run, which would go on
-            from them.
+        CheckpointError: the weights do not fit the configuration, or there are checkpoints in `root`.
     """
     assert config.model.padded_vocab_size is not None, "the vocabulary is resolved before a model is written"
-    check_no_run(root)
+    check_vacant(root)
     manifest = Manifest(
         progress=Progress(),
         layout=Layout(pipe_parallel_size=1, data_parallel_size=1, model_parallel_size=1, zero_stage=0),
@@ -63,7 +63,7 @@ def write_native(weights: WeightReader, config: Config, root: Path, *, max_shard
     def tensors() -> Iterator[StoredTensor]:
         for name in progress_bar(shapes, sizes, "writing"):
             return_freed()
-            yield StoredTensor("model", name, read(name, shapes[name]).to(dtype).contiguous())
+            yield StoredTensor("model", name, in_dtype(name, read(name, shapes[name]), dtype).contiguous())
 
     return write_checkpoint(
         root,
@@ -75,18 +75,6 @@ def write_native(weights: WeightReader, config: Config, root: Path, *, max_shard
         file_bytes=max_shard_bytes,
         announced=announced,
     )
-
-
-def check_no_run(root: Path) -> None:
-    """See that a model written to `root` does not become the newest checkpoint of a run there.
-
-    Raises:
-        CheckpointError: it would.
-    """
-    latest = root / LATEST
-    named = latest.read_text(errors="replace").strip() if latest.is_file() else ""
-    if named not in ("", "global_step0"):
-        raise CheckpointError(f"{root}: holds a run, whose latest checkpoint is {named!r}; name another folder")
 
 
 def native_files(config: ModelConfig, *, max_shard_bytes: int = SHARD_BYTES) -> dict[str, int]:

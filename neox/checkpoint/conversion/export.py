@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from neox.checkpoint.huggingface import HuggingFaceWriter, family_of
 from neox.checkpoint.huggingface.card import model_card
 from neox.checkpoint.lora import merged
 from neox.checkpoint.native.store import NativeReader
-from neox.checkpoint.tokenizer_files import ExportedTokenizer, export_tokenizer, token_ids
+from neox.checkpoint.tokenizer_files import ExportedTokenizer, export_tokenizer, special_tokens
 from neox.checkpoint.weights import WeightReader
 from neox.config import Config
 from neox.errors import CheckpointError, DataError, UserError
@@ -66,6 +67,10 @@ def export(weights: WeightReader, config: Config, out: Path, asked: Export, *, n
         UserError: transformers has no such model, the tokenizer no such form, or the export computes something else.
     """
     model = config.model
+    if asked.pad_token_id is not None and asked.pad_token_id >= (model.padded_vocab_size or math.inf):
+        raise CheckpointError(
+            f"--pad-token-id {asked.pad_token_id}: not below the {model.padded_vocab_size} rows of the vocabulary"
+        )
     precision = {"auto": model.precision, "bf16": "bfloat16"}.get(asked.precision, asked.precision)
     writer = HuggingFaceWriter(model, dtype=DTYPES[precision], architecture=asked.architecture)
     tokenizer = _tokenizer(config, asked)
@@ -105,7 +110,7 @@ def _tokenizer(config: Config, asked: Export) -> ExportedTokenizer | None:
         except DataError as error:
             raise CheckpointError(f"{error}; or leave the tokenizer out (--no_save_tokenizer)") from None
     try:
-        return ExportedTokenizer({}, token_ids(config.tokenizer, pad_token_id=asked.pad_token_id))
+        return special_tokens(config.tokenizer, pad_token_id=asked.pad_token_id)
     except UserError:
         return None  # a run's tokenizer is not always at hand, and was not asked for
 

@@ -12,7 +12,6 @@ from neox.checkpoint.weights import WeightReader
 from neox.config import Config, config_from_dict
 from neox.errors import CheckpointError, ConfigError
 
-FORMATS = ("sequential", "pipeline", "native")
 PRECISIONS = {"fp16": "fp16", "bf16": "bfloat16", "fp32": "fp32"}
 
 
@@ -21,7 +20,7 @@ class Target:
     """What is to be written.
 
     Attributes:
-        format: one of FORMATS.
+        format: one of `neox.choices.FORMATS`.
         pipe: stages of the pipeline format; None for one.
         tensor: tensor-parallel size.
         legacy: GPT-NeoX's names of before 2024-09.

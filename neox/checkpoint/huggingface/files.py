@@ -8,11 +8,17 @@ import torch
 
 from neox.checkpoint.storage.tensor_file import TensorFile
 from neox.checkpoint.storage.torch_file import LazyTensor, TorchFile
+from neox.downloads import in_its_place
 from neox.errors import CheckpointError
 from neox.files import is_inside
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+
+def weights_in(folder: Path) -> list[str]:
+    """The files, or indexes of files, of weights in a folder, in the order in which transformers looks for them."""
+    return [name for name in (SINGLE, INDEX, BIN, BIN_INDEX) if (folder / name).is_file()]
 
 
 class WeightFile(Protocol):
@@ -96,13 +102,14 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: it is missing, or something else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; is this the folder of a Hugging Face model?") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); copy it again") from None
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}); copy it again") from None
+        found = in_its_place(path) or f"not valid JSON ({error}); copy it again"
+        raise CheckpointError(f"{path}: {found}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds no JSON object; copy it again")
     return content

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from neox.checkpoint.huggingface.files import BIN_INDEX, INDEX, open_weights, read_index, read_json
+from neox.checkpoint.huggingface.files import BIN, BIN_INDEX, INDEX, SINGLE, open_weights, read_index, read_json
 from neox.checkpoint.huggingface.read import HuggingFaceReader
 from neox.errors import CheckpointError, ConfigError
 
@@ -24,8 +24,10 @@ def check_folder(folder: Path) -> dict[str, int]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; give one that convert_neox_to_hf.py wrote")
     HuggingFaceReader(folder).check_files()
-    for index in (INDEX, BIN_INDEX):
+    for whole, index in ((SINGLE, INDEX), (BIN, BIN_INDEX)):
         if (folder / index).is_file():
+            if (folder / whole).is_file():
+                raise CheckpointError(f"{folder}: holds {whole} and {index}, two models; remove the one that is older")
             _check_index(folder, index)
     for path in folder.glob("*.json"):
         read_json(path)

@@ -1,7 +1,7 @@
 """Export to a folder that `transformers` opens; a tensor at a time."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from neox.checkpoint.tokenizer_files import ExportedTokenizer
 from neox.checkpoint.weight_map import weight_map
 from neox.checkpoint.weights import WeightReader, weight_source
 from neox.config import ModelConfig
+from neox.model.build import in_dtype
 
 SHARD_BYTES = 5 * 10**9
 """Largest file of weights, as transformers writes them."""
@@ -81,7 +82,9 @@ class HuggingFaceWriter:
             tokens = dict(tokenizer.token_ids) if tokenizer else {"bos_token_id": None, "eos_token_id": None}
             content = self.family.config_json(self._config, dtype=DTYPE_NAMES[self._dtype], tokens=tokens)
             _write_json(folder / "config.json", content)
-            _write_json(folder / "generation_config.json", generation_settings(tokens))
+            _write_json(
+                folder / "generation_config.json", generation_settings(tokens, tokenizer.ends if tokenizer else ())
+            )
             texts = dict(tokenizer.files) if tokenizer else {}
             for name, text in (texts | ({} if card is None else {CARD: card})).items():
                 (folder / name).write_text(text, encoding="utf-8")
@@ -104,7 +107,7 @@ class HuggingFaceWriter:
                     del whole
                     while parts:  # a part is gone before the next is converted
                         theirs = next(iter(parts))
-                        writer.write(theirs, parts.pop(theirs).to(self._dtype))
+                        writer.write(theirs, in_dtype(theirs, parts.pop(theirs), self._dtype))
                     return_freed()
             entries |= dict.fromkeys(announced, file)
         next(tensors, None)  # ends the bar
@@ -136,9 +139,15 @@ def export_huggingface(
     writer.write(weights, out, tokenizer=tokenizer, card=card)
 
 
-def generation_settings(tokens: Mapping[str, int | None]) -> dict[str, Any]:
-    """What `generate` of transformers does if told nothing: the likeliest token, until the end of a document."""
-    return {**{key: number for key, number in tokens.items() if number is not None}, "do_sample": False}
+def generation_settings(tokens: Mapping[str, int | None], ends: Sequence[int] = ()) -> dict[str, Any]:
+    """What `generate` of transformers does by default: the likeliest token, until one that ends the text.
+
+    Args:
+        tokens: special tokens by their keys.
+        ends: every token that ends a text; where there are several, `eos_token_id` is the list of them.
+    """
+    named: dict[str, Any] = {key: number for key, number in tokens.items() if number is not None}
+    return named | ({"eos_token_id": list(ends)} if len(ends) > 1 else {}) | {"do_sample": False}
 
 
 def plan_files(

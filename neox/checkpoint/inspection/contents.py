@@ -159,6 +159,8 @@ def description(reader: WeightReader) -> dict[str, Any]:
         case NativeReader(manifest=manifest):
             found: dict[str, Any] = {"format": "native", "iteration": manifest.progress.iteration}
             found |= {"consumed_samples": manifest.progress.consumed_samples, "precision": manifest.precision}
+            runs = {"run": manifest.run or None, "resumed_from": " ".join(manifest.lineage) or None}
+            found |= {key: value for key, value in runs.items() if value is not None}
             return found | {"optimizer": manifest.optimizer} | asdict(manifest.layout) | size
         case UpstreamReader(files=held):
             kind = "pipeline" if any(reader.folder.glob("layer_*")) else "sequential"

@@ -10,14 +10,13 @@ from torch import nn
 
 from neox.checkpoint.storage.progress import progress_bar
 from neox.checkpoint.weights import WeightReader, weight_source
+from neox.choices import LOGITS_BATCH_SIZE
 from neox.config import ModelConfig
 from neox.errors import CheckpointError, DataError
 from neox.files import whole_file
 from neox.model.build import build_layer
 from neox.model.layers import layer_list
-
-BATCH_SIZE = 4
-"""Sequences that go through a layer together."""
+from neox.model.positions import longest_input
 
 
 def streamed_logits(
@@ -25,7 +24,7 @@ def streamed_logits(
     config: ModelConfig,
     tokens_BS: torch.Tensor,
     *,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int = LOGITS_BATCH_SIZE,
     label: str = "layers",
 ) -> Iterator[torch.Tensor]:
     """Compute logits in fp32, all sequences through one layer before the next layer is read.
@@ -89,7 +88,7 @@ def check_tokens(tokens_BS: torch.Tensor, config: ModelConfig) -> None:
     outside = tokens_BS[(tokens_BS < 0) | (tokens_BS >= vocabulary)]
     if outside.numel():
         raise DataError(f"tokens: {int(outside[0])} is no id of this model; its ids are 0 to {vocabulary - 1}")
-    longest = max(config.seq_length, config.max_position_embeddings - config.opt_pos_emb_offset)
+    longest = longest_input(config)
     if config.pos_emb in ("learned", "rotary") and tokens_BS.shape[1] > longest:
         raise DataError(f"tokens: sequences of {tokens_BS.shape[1]} ids, the model has {longest} positions; cut them")
 

@@ -12,7 +12,7 @@ from neox.checkpoint.architecture import model_config_of, saved_keys
 from neox.checkpoint.described import open_described
 from neox.checkpoint.huggingface import INDEX, is_huggingface
 from neox.checkpoint.huggingface.files import read_index
-from neox.checkpoint.inspection.logits import BATCH_SIZE, random_tokens, streamed_logits
+from neox.checkpoint.inspection.logits import random_tokens, streamed_logits
 from neox.checkpoint.lora import MergedWeights, merged
 from neox.checkpoint.native.integrity import damages
 from neox.checkpoint.native.manifest import Manifest, is_native
@@ -23,6 +23,7 @@ from neox.checkpoint.storage.tensor_file import TensorFile
 from neox.checkpoint.storage.torch_file import load_torch_file
 from neox.checkpoint.upstream.reader import UpstreamReader
 from neox.checkpoint.weights import check_shape, missing_tensor
+from neox.choices import LOGITS_BATCH_SIZE
 from neox.errors import CheckpointError, UserError
 from neox.model.build import meta_decoder
 
@@ -167,7 +168,7 @@ def compare_logits(
     *,
     tokens_BS: torch.Tensor | None = None,
     config_files: Sequence[str | Path] = (),
-    batch_size: int = BATCH_SIZE,
+    batch_size: int = LOGITS_BATCH_SIZE,
 ) -> LogitsComparison:
     """Compute the logits of two checkpoints, each in fp32 with one layer in memory at a time.
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from neox.checkpoint.native.commit import prune_checkpoints
+from neox.checkpoint.native.lineage import Lineage
 from neox.checkpoint.native.manifest import LATEST
 from neox.checkpoint.native.store import Team
 from neox.errors import UnsavedError
@@ -18,11 +19,13 @@ def write_patiently(
     team: Team,
     patience: Patience,
     keep: int | None,
+    lineage: Lineage,
     tell: Callable[[str], None],
 ) -> Path:
     """Call `write` until it succeeds or time is up; what it left of a failed try is gone by then. A collective.
 
-    Where the disk is full, those checkpoints go that would go after this one is written: all but the last `keep` - 1.
+    Where the disk is full, those checkpoints of the run go that would go after this one is written: all but the last
+    `keep` - 1.
 
     Args:
         write: writes the checkpoint and returns its folder; raises on all ranks if it fails on one.
@@ -30,6 +33,7 @@ def write_patiently(
         team: the ranks that write together.
         patience: how long to try, from the first failure on.
         keep: checkpoints to keep; None for all.
+        lineage: the run.
         tell: says a line, once for all ranks.
 
     Raises:
@@ -49,7 +53,7 @@ def write_patiently(
                 told = str(error)
                 tell(f"{told}{_space(root)}; trying again for {end - patience.clock():.0f} s")
             if team.rank == 0 and error.is_full and keep is not None and keep > 1:
-                for name in prune_checkpoints(root, keep - 1):
+                for name in prune_checkpoints(root, keep - 1, lineage):
                     tell(f"{root / name}: deleted to make room (keep_last_n_checkpoints: {keep})")
             patience.sleep(pause)
         else:

@@ -8,7 +8,9 @@ import logging
 import shutil
 from pathlib import Path
 
+from neox.checkpoint.native.lineage import Lineage
 from neox.checkpoint.native.manifest import LATEST, MANIFEST
+from neox.errors import UnreadError
 from neox.files import flush, write_whole
 from neox.pulse import pulse
 
@@ -63,11 +65,11 @@ def commit(temporary: Path, final: Path) -> None:
     _remove(replaced)
 
 
-def prune_checkpoints(root: Path, keep: int) -> list[str]:
-    """Delete all but the last `keep` checkpoints written, never the one `latest` names.
+def prune_checkpoints(root: Path, keep: int, lineage: Lineage) -> list[str]:
+    """Delete all but the last `keep` checkpoints that a run has written, never the one `latest` names.
 
-    By time and not by number: a run that went back to an earlier iteration leaves higher numbers behind. What cannot be
-    deleted stays, with a warning.
+    What is not of its lineage stays and does not count. By time and not by number: a run that went back to an earlier
+    iteration leaves higher numbers behind. What cannot be deleted stays, with a warning.
 
     Returns:
         Names of those deleted.
@@ -75,8 +77,10 @@ def prune_checkpoints(root: Path, keep: int) -> list[str]:
     deleted = []
     try:
         named = (root / LATEST).read_text().strip() if (root / LATEST).is_file() else ""
-        manifests = sorted(root.glob(f"global_step*/{MANIFEST}"), key=_age)
-        for path in manifests[:-keep]:
+        manifests = sorted(
+            (path for path in root.glob(f"global_step*/{MANIFEST}") if lineage.owns(path.parent)), key=_age
+        )
+        for path in sorted(manifests, key=_age)[:-keep]:
             if path.parent.name != named:
                 doomed = _hidden(path.parent, DELETED)  # so that a kill leaves no half checkpoint under its name
                 path.parent.rename(doomed)
@@ -84,6 +88,8 @@ def prune_checkpoints(root: Path, keep: int) -> list[str]:
                 deleted.append(path.parent.name)
     except OSError as error:
         log.warning("%s: old checkpoints cannot be deleted (%s)", error.filename or root, error.strerror)
+    except UnreadError as error:
+        log.warning("%s: old checkpoints are not deleted (%s)", root, error)
     return deleted
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from neox.checkpoint.native.integrity import quick_damages
-from neox.checkpoint.native.manifest import LATEST, checkpoint_folder, is_native
+from neox.checkpoint.native.lineage import was_native
+from neox.checkpoint.native.manifest import LATEST, checkpoint_folder, latest_name
 from neox.checkpoint.open import is_checkpoint
 from neox.errors import CheckpointError, UnreadError
 
@@ -41,35 +42,41 @@ def checkpoint_to_load(root: Path, iteration: int | None, *, fallback: bool, che
         None where there is no checkpoint yet.
 
     Raises:
-        CheckpointError: it is damaged, and so are those before it or they do not count; or there is none such.
+        CheckpointError: it is damaged or `latest` is lost, and so are those before it or they do not count; or there is
+            none such.
     """
     try:
-        is_one = iteration is None and (_was_native(root) or (root.is_dir() and is_checkpoint(root)))
+        is_one = iteration is None and (was_native(root) or (root.is_dir() and is_checkpoint(root)))
         folder = root if is_one else checkpoint_folder(root, iteration)
-        found = check.damages(folder) if folder is not None and _was_native(folder) else []
+        found = check.damages(folder) if folder is not None and was_native(folder) else []
     except UnreadError:
         raise
     except CheckpointError as error:
         if iteration is not None:
             raise
-        named = (root / LATEST).read_text(errors="replace").strip()
-        folder, found = root / (named or LATEST), [str(error)]
+        folder, found = root / (_named(root) or LATEST), [str(error)]
     if folder is None or not found:
         return folder
+    before = "" if _number(folder) is None else " before it"
     if not fallback:
-        raise CheckpointError(f"{_told(found)}; or set load_fallback: true to load the newest whole one before it")
+        raise CheckpointError(f"{_told(found)}; or set load_fallback: true to load the newest whole one{before}")
     for other in _before(folder):
         worse = check.damages(other)
         if not worse:
             check.warn(f"{_told(found)}. load_fallback: loading {other} instead")
             return other
         found += worse
-    raise CheckpointError(f"{_told(found)}; load_fallback found no whole checkpoint before it")
+    raise CheckpointError(f"{_told(found)}; load_fallback found no whole checkpoint{before}")
 
 
-def _was_native(folder: Path) -> bool:
-    """Whether this is a native checkpoint, or was one before its manifest was lost."""
-    return is_native(folder) or any(folder.glob("model-?????-???.safetensors"))
+def _named(root: Path) -> str:
+    """What `latest` says, where it says anything."""
+    try:
+        return latest_name(root) or ""
+    except UnreadError:
+        raise
+    except CheckpointError:
+        return ""
 
 
 def _before(folder: Path) -> list[Path]:
@@ -80,7 +87,7 @@ def _before(folder: Path) -> list[Path]:
     bound = _number(folder)
     numbered = [(number, path) for path in folder.parent.glob("global_step*") if (number := _number(path)) is not None]
     smaller = [(number, path) for number, path in numbered if bound is None or number < bound]
-    return [path for _, path in sorted(smaller, reverse=True) if _was_native(path)]
+    return [path for _, path in sorted(smaller, reverse=True) if was_native(path)]
 
 
 def _number(folder: Path) -> int | None:

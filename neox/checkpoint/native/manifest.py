@@ -17,6 +17,8 @@ what any other has written.
 """
 
 import json
+import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,6 +84,8 @@ class Manifest:
         checksums: of the files that hold no tensors.
         environment: code, packages and data of the run, for comparison on load; empty where it is not known.
         forward_losses: of fixed sequences, with `checkpoint_validation_with_forward_pass`; else empty.
+        run: name of the run that wrote it, drawn once; empty for weights that no run wrote, an import say.
+        lineage: the runs that it was resumed from in other folders, the oldest first.
     """
 
     progress: Progress
@@ -96,6 +100,8 @@ class Manifest:
     checksums: dict[str, str] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     forward_losses: list[float] = field(default_factory=list)
+    run: str = ""
+    lineage: list[str] = field(default_factory=list)
 
     def to_json(self) -> str:
         """As text, with a checksum of itself."""
@@ -126,6 +132,8 @@ class Manifest:
     def parse(cls, folder: Path) -> "Manifest":
         """Read the manifest of one `global_step<N>` folder, and nothing else of it.
 
+        One from before runs had names is a run of its own, named by its checksum.
+
         Raises:
             CheckpointError: if it is not a native checkpoint, or the manifest is damaged.
         """
@@ -148,6 +156,7 @@ class Manifest:
             )
         if saved != _checksum({"format": FORMAT, "version": VERSION} | content):
             raise CheckpointError(f"{path}: damaged, its checksum is not the one it was written with; copy it again")
+        content.setdefault("run", saved)
         try:
             content["progress"] = Progress(**content["progress"])
             content["layout"] = Layout(**content["layout"])
@@ -181,28 +190,71 @@ def check_size(path: Path, size: int) -> None:
 
 
 def checkpoint_folder(root: Path, iteration: int | None = None) -> Path | None:
-    """The folder of a checkpoint: that of `iteration`, or the one `latest` names; None where there is no `latest`.
+    """The folder of a checkpoint: that of `iteration`, or the one `latest` names; None where there is none at all.
 
     Raises:
-        CheckpointError: if `latest` or `iteration` names a folder that is not there.
+        CheckpointError: if `latest` or `iteration` names a folder that is not there, or there are checkpoints and no
+            `latest` that could be read.
     """
-    if iteration is None:
-        latest = root / LATEST
-        if not latest.is_file():
-            return None
-        tag = latest.read_text(errors="replace").strip()
-        if not tag.isprintable():
-            raise CheckpointError(f"{latest}: damaged, it names no folder; write the name of the one to take into it")
-    else:
-        tag = f"global_step{iteration}"
+    tag = latest_name(root) if iteration is None else f"global_step{iteration}"
+    there = numbered_folders(root)
+    if tag is None and not there:
+        return None
+    have = listed(path.name for path in there.values())
+    if not tag:
+        lost = f"{root}: has {have} and no {LATEST}" if tag is None else f"{root / LATEST}: empty; {root} has: {have}"
+        raise CheckpointError(f"{lost}; write the name of one into {LATEST}, or set iteration")
     folder = root / tag
     replaced = root / f".{tag}.replaced"
     if not folder.is_dir() and replaced.is_dir():
         return replaced  # a run was killed between the two renames that save an iteration for the second time
     if not folder.is_dir() or folder == root:
-        have = ", ".join(sorted(p.name for p in root.glob("global_step*"))) or "none"
         raise CheckpointError(f"{folder}: no such checkpoint; {root} has: {have}")
     return folder
+
+
+def latest_name(root: Path) -> str | None:
+    """What `latest` says; None where there is none.
+
+    Raises:
+        CheckpointError: it is a folder, or its text is no name.
+        UnreadError: storage does not give it.
+    """
+    latest = root / LATEST
+    try:
+        tag = latest.read_text(errors="replace").strip()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        if not is_mistake(error):
+            raise UnreadError(f"{unreadable(latest, error)}; start again when it can be") from None
+        what = "a folder, not a file" if latest.is_dir() else f"cannot be read ({error.strerror})"
+        raise CheckpointError(f"{latest}: {what}; replace it by a file with the name of a checkpoint") from None
+    if not tag.isprintable():
+        raise CheckpointError(f"{latest}: damaged, it names no folder; write the name of the one to take into it")
+    return tag
+
+
+_NUMBERED = re.compile(r"global_step(\d+)|\.global_step(\d+)\.replaced")
+
+
+def numbered_folders(root: Path) -> dict[int, Path]:
+    """The folders `global_step<N>` in `root` that have something in them, by N, the lowest first.
+
+    One that is only there as `.replaced`, where a run was killed, is among them.
+    """
+    found: dict[int, Path] = {}
+    for path in sorted(root.iterdir()) if root.is_dir() else ():  # names that begin with a dot come first
+        match = _NUMBERED.fullmatch(path.name)
+        if match and path.is_dir() and any(path.iterdir()):
+            found[int(match[1] or match[2])] = path
+    return dict(sorted(found.items()))
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for a line of text: all, or the first three of many."""
+    every = list(names) or ["none"]
+    return ", ".join(every) if len(every) <= 4 else f"{', '.join(every[:3])} and {len(every) - 3} more"
 
 
 def is_native(folder: Path) -> bool:

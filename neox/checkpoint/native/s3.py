@@ -4,14 +4,16 @@ Credentials, region and address of the store come from where boto3 looks for the
 AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, AWS_PROFILE, ~/.aws.
 """
 
+import json
 import socket
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from neox.checkpoint.native.lineage import Lineage
 from neox.checkpoint.native.manifest import LATEST, MANIFEST, Manifest
 from neox.checkpoint.native.store import Team
-from neox.errors import ConfigError, UserError
+from neox.errors import CheckpointError, ConfigError, UserError
 from neox.pulse import pulse
 
 SCHEME = "s3://"
@@ -73,6 +75,45 @@ class S3Folder:
         """Write an object. Raises what boto3 raises."""
         self._client.put_object(Bucket=self._bucket, Key=self._key(key), Body=text.encode())
 
+    def others(self, root: str, lineage: Lineage, *, start: int | None) -> list[str]:
+        """Names of the checkpoints below `root` that a run would come to and may not replace.
+
+        Args:
+            root: place in the store.
+            lineage: the run.
+            start: the iteration that it is resumed from; None for one that begins, which has none there.
+
+        Raises:
+            ConfigError: the store does not say.
+        """
+        begin = self._key(f"{root}/global_step")
+        found: list[int] = []
+
+        def look() -> None:
+            pages = self._client.get_paginator("list_objects_v2")
+            for page in pages.paginate(Bucket=self._bucket, Prefix=begin, Delimiter="/"):
+                names = (entry["Prefix"][len(begin) : -1] for entry in page.get("CommonPrefixes", ()))
+                found.extend(int(name) for name in names if name.isdecimal())
+            if start is not None:
+                ahead = [number for number in found if number > start]
+                found[:] = [number for number in ahead if not self.may_replace(f"{root}/global_step{number}", lineage)]
+
+        problem = _problem(look)
+        if problem:
+            raise ConfigError(f"s3_path {self.address}: what is there cannot be read ({problem}); allow it")
+        return [f"{root}/global_step{number}" for number in sorted(found)]
+
+    def may_replace(self, place: str, lineage: Lineage) -> bool:
+        """Whether a run may write a copy to `place`: nothing whole is there, or its own. Raises what boto3 raises."""
+        key = self._key(f"{place}/{MANIFEST}")
+        if not self._client.list_objects_v2(Bucket=self._bucket, Prefix=key, MaxKeys=1).get("KeyCount"):
+            return True
+        try:
+            content = json.loads(self._client.get_object(Bucket=self._bucket, Key=key)["Body"].read())
+            return content.get("run", content["checksum"]) in {lineage.run, *lineage.parents} - {""}
+        except (ValueError, KeyError, AttributeError, TypeError):
+            return False
+
     def _key(self, name: str) -> str:
         return f"{self._prefix}/{name}" if self._prefix else name
 
@@ -80,7 +121,7 @@ class S3Folder:
 def upload_checkpoint(folder: Path, target: S3Folder, team: Team) -> str | None:
     """Copy a native checkpoint to `target/<name of its root>/`; its manifest follows the files, and `latest` that.
 
-    The first rank of each host uploads what the ranks of its host wrote.
+    The first rank of each host uploads what the ranks of its host wrote. A copy of another run stays.
 
     Returns:
         Why it failed, the same on every rank; None if it did not.
@@ -96,8 +137,14 @@ def upload_checkpoint(folder: Path, target: S3Folder, team: Team) -> str | None:
         put([MANIFEST])
         target.put_text(folder.name, f"{root}/{LATEST}")
 
+    def check() -> None:
+        if not target.may_replace(place, Lineage.of(Manifest.parse(folder))):
+            raise CheckpointError(f"{place} there is another run's, which is not replaced")
+
     hosts = team.gather(socket.gethostname())
-    problems = team.gather(_problem(lambda: put(_own_files(folder, team.rank, hosts))))
+    problems = team.gather(_problem(check) if team.rank == 0 else None)
+    if not any(problems):
+        problems = team.gather(_problem(lambda: put(_own_files(folder, team.rank, hosts))))
     if not any(problems):
         problems = team.gather(_problem(put_last) if team.rank == 0 else None)
     return next((problem for problem in problems if problem), None)

@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 import torch
 
 from neox.checkpoint.native.commit import begin, commit, discard
+from neox.checkpoint.native.lineage import Lineage
 from neox.checkpoint.native.manifest import MANIFEST, Manifest
 from neox.checkpoint.storage.tensor_file import CODES, TensorFile, TensorFileWriter, checksum, raw_bytes
 from neox.checkpoint.weights import missing_tensor
-from neox.errors import CheckpointError, UnsavedError, UserError
+from neox.errors import CheckpointError, UnreadError, UnsavedError, UserError
 from neox.files import write_whole
 from neox.secrets import masked_text, masked_values
 
@@ -88,7 +89,8 @@ def write_checkpoint(
     """Write `root/global_step<iteration>` with every rank's share, and commit it.
 
     Everything goes to a folder of another name first; it is flushed to disk, renamed, and only then does `latest`
-    name it. Killed at any point, the previous checkpoint stays whole and named.
+    name it. Killed at any point, the previous checkpoint stays whole and named. One of the same name is replaced where
+    it is of the manifest's lineage.
 
     Args:
         root: the folder of checkpoints.
@@ -104,10 +106,10 @@ def write_checkpoint(
 
     Raises:
         UnsavedError: on every rank, if storage refused one.
-        CheckpointError: on every rank, if one could not write for another reason.
+        CheckpointError: on every rank, if one could not write for another reason, or another run's checkpoint is there.
     """
     final = root / f"global_step{iteration}"
-    temporary = _together(team, lambda: begin(final) if team.rank == 0 else None)[0]
+    temporary = _together(team, lambda: _begin(final, manifest) if team.rank == 0 else None)[0]
     assert temporary is not None, "rank 0 made the folder"
     try:
         written = _together(team, lambda: _write_share(temporary, tensors, team, announced, file_bytes))
@@ -118,6 +120,12 @@ def write_checkpoint(
         if team.rank == 0:
             discard(final)
     return final
+
+
+def _begin(final: Path, manifest: Manifest) -> Path:
+    """Make the folder to write in, if what is written may take the name of `final`."""
+    Lineage.of(manifest).check_place(final)
+    return begin(final)
 
 
 def _finish(
@@ -133,6 +141,7 @@ def _finish(
     _write_manifest(temporary, manifest, files, configs)
     if add is not None:
         add(temporary)
+    Lineage.of(manifest).make_way(final)
     commit(temporary, final)
 
 
@@ -157,7 +166,9 @@ def _together(team: Team, work: Callable[[], Result]) -> list[Result]:
         if isinstance(error.__cause__, OSError):
             outcome = _Failure(str(error).partition(";")[0], error.__cause__.errno)
         else:
-            outcome = _Failure(f"checkpoint cannot be written: {error}", None)
+            outcome = _Failure(
+                f"checkpoint cannot be written: {error}", errno.EIO if isinstance(error, UnreadError) else None
+            )
     outcomes = team.gather(outcome)
     failures = [found for found in outcomes if isinstance(found, _Failure)]
     if not failures:

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 import torch
 import xxhash
 
+from neox.downloads import in_its_place
 from neox.errors import CheckpointError, UnreadError
 from neox.files import WriteBehind
 from neox.patience import Patience, Result, is_mistake, read_again, unreadable
@@ -37,6 +38,8 @@ CODES = {
     torch.bool: "BOOL",
 }
 DTYPES = {code: dtype for dtype, code in CODES.items()}
+_SMALL_FLOATS = ("F8_", "F6_", "F4")
+"""Beginnings of the types of quantised models."""
 PATIENCE = Patience(60.0)
 """With storage that fails while a checkpoint is read; nothing says how long its reader would wait."""
 
@@ -138,6 +141,8 @@ class TensorFile:
         try:
             content = json.loads(header)
             content.pop("__metadata__", None)
+            for name, value in content.items():
+                self._check_type(name, value["dtype"])
             entries = {name: _entry(value, 8 + length) for name, value in content.items()}
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             raise self._damaged("its header is no list of tensors") from None
@@ -151,8 +156,18 @@ class TensorFile:
             raise self._damaged(f"it has {size} bytes, its header says {position}")
         return entries
 
+    def _check_type(self, name: str, kind: str) -> None:
+        """Refuse by its name a type that cannot be read."""
+        if kind in DTYPES:
+            return
+        hint = f"only {', '.join(DTYPES)} can be read"
+        if kind.startswith(_SMALL_FLOATS):
+            hint = "the model is quantised; use its release in bf16, fp16 or fp32"
+        raise CheckpointError(f"{self.path}: {name} is of type {kind:.20}; {hint}")
+
     def _damaged(self, reason: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: damaged, {reason}; copy it again")
+        found = in_its_place(self.path)
+        return CheckpointError(f"{self.path}: {found or f'damaged, {reason}; copy it again'}")
 
 
 def _entry(value: Mapping[str, Any], data: int) -> Entry:

@@ -24,7 +24,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from neox.checkpoint.storage.unpickle import ForbiddenNameError, RestrictedUnpickler
+from neox.checkpoint.storage.unpickle import ForbiddenNameError, RestrictedUnpickler, Unchangeable
+from neox.downloads import in_its_place
 from neox.errors import CheckpointError
 
 STORAGE_TYPES = {
@@ -96,7 +97,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class _Storage:
+class _Storage(Unchangeable):
     """A storage as a pickle names it."""
 
     record: Record
@@ -104,7 +105,7 @@ class _Storage:
 
 
 @dataclass(frozen=True, eq=False)
-class LazyTensor:
+class LazyTensor(Unchangeable):
     """A tensor that is still on disk.
 
     Attributes:
@@ -192,7 +193,8 @@ class TorchFile:
             raise
         except Exception as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise CheckpointError(f"{path}: not readable as a torch file ({reason}); copy it again") from None
+            found = in_its_place(path) or f"not readable as a torch file ({reason}); copy it again"
+            raise CheckpointError(f"{path}: {found}") from None
 
     def name_of(self, tensor: LazyTensor) -> str:
         """Where a tensor is in the content, `module.sequential.0.word_embeddings.weight` say."""
@@ -230,13 +232,13 @@ class _LazyUnpickler(RestrictedUnpickler):
             "_rebuild_parameter_with_state": lambda data, *_: data,
         }
 
-    def find_class(self, module_name: str, global_name: str) -> Any:
-        """Return what a pickle names; see RestrictedUnpickler."""
+    def find_listed(self, module_name: str, global_name: str) -> Any:
+        """What stands for a name; see RestrictedUnpickler."""
         if module_name == "torch._utils" and global_name in self._rebuild:
             return self._rebuild[global_name]
         if module_name in ("torch", "torch.storage") and global_name in STORAGE_TYPES:
             return STORAGE_TYPES[global_name]
-        return super().find_class(module_name, global_name)
+        return super().find_listed(module_name, global_name)
 
     def persistent_load(self, reference: Any) -> _Storage:
         """Return the storage that a pickle names."""

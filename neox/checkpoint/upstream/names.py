@@ -99,6 +99,8 @@ def translate(tensors: Mapping[str, Part], source: object) -> dict[str, Part]:
             raise CheckpointError(
                 f"{source}: layer {index} holds {local}; only GPT-NeoX layers {kinds} can be read{mend}"
             )
+        if f"layers.{index}.{local}" in found:
+            raise CheckpointError(f"{source}: layer {index} holds {local} twice, under an old name too; copy it again")
         found[f"layers.{index}.{local}"] = whole
     return found
 

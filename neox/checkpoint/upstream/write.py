@@ -15,11 +15,11 @@ import torch
 import yaml
 
 from neox.checkpoint.native.commit import begin, commit, discard
+from neox.checkpoint.native.lineage import check_vacant
 from neox.checkpoint.storage.ahead import read_ahead
 from neox.checkpoint.storage.memory import return_freed
 from neox.checkpoint.storage.progress import progress_bar
 from neox.checkpoint.storage.torch_archive import TorchFileWriter
-from neox.checkpoint.storage.whole_folder import check_free
 from neox.checkpoint.upstream.state import rank_state
 from neox.checkpoint.weight_map import Kind, LogicalTensor, weight_map
 from neox.checkpoint.weights import WeightReader, weight_source
@@ -28,7 +28,7 @@ from neox.config.schema import places
 from neox.data.tokenizers import build_tokenizer, padded_vocab_size
 from neox.errors import CheckpointError, UserError
 from neox.files import write_whole
-from neox.model.build import DTYPES
+from neox.model.build import DTYPES, in_dtype
 from neox.parallel.splits import pad_rows, take_shard
 
 LEGACY_NAMES = {"mlp.linear1": ("mlp.dense_h_to_4h",), "mlp.linear2": ("mlp.dense_4h_to_h",)}
@@ -107,10 +107,10 @@ class UpstreamWriter:
             The folder.
 
         Raises:
-            CheckpointError: the weights do not fit the configuration, or the folder exists.
+            CheckpointError: the weights do not fit the configuration, or there are checkpoints in `root`.
         """
+        check_vacant(root)
         final = root / f"global_step{self._iteration}"
-        check_free(final)
         try:
             folder = begin(final)
             self._write_files(folder)
@@ -149,7 +149,7 @@ class UpstreamWriter:
 
     def _whole(self, logical: LogicalTensor) -> torch.Tensor:
         """A tensor of the source, in the type and with the rows that it will have."""
-        whole = self._read(logical.name, self._stored_shape(logical)).to(self._dtype)
+        whole = in_dtype(logical.name, self._read(logical.name, self._stored_shape(logical)), self._dtype)
         return pad_rows(whole, logical.shape[0]) if logical.kind is Kind.VOCABULARY else whole
 
     def _parts(self) -> Iterator[_Part]:

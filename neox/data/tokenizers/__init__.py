@@ -2,21 +2,13 @@
 
 from typing import Protocol
 
-from neox.data.tokenizers.base import Tokenizer, padded_vocab_size
+from neox.choices import TOKENIZER_TYPES
+from neox.data.tokenizers.base import Tokenizer, is_empty, padded_vocab_size, prompt_tokens
 from neox.data.tokenizers.characters import CharLevelTokenizer
 from neox.data.tokenizers.fast import gpt2_tokenizer, hf_tokenizer
 from neox.data.tokenizers.optional import HFGPT2Tokenizer, TiktokenTokenizer
 from neox.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from neox.errors import DataError
-
-TOKENIZER_TYPES = (
-    "GPT2BPETokenizer",
-    "HFTokenizer",
-    "HFGPT2Tokenizer",
-    "SPMTokenizer",
-    "CharLevelTokenizer",
-    "TiktokenTokenizer",
-)
 
 
 class TokenizerOptions(Protocol):
@@ -42,8 +34,18 @@ def build_tokenizer(options: TokenizerOptions) -> Tokenizer:
     """Return the tokenizer that the options name.
 
     Raises:
-        DataError: unknown type, missing or unreadable file, missing package, or no end-of-document token.
+        DataError: unknown type, missing, unreadable or empty file, missing package, or a malformed file beside it.
     """
+    tokenizer = _build(options)
+    if is_empty(tokenizer):
+        raise DataError(
+            f"vocab_file: {options.vocab_file}: has no tokens but special ones, so every text would become nothing; "
+            "check the file"
+        )
+    return tokenizer
+
+
+def _build(options: TokenizerOptions) -> Tokenizer:
     match options.tokenizer_type:
         case "GPT2BPETokenizer":
             return gpt2_tokenizer(options.vocab_file, options.merge_file)
@@ -60,4 +62,4 @@ def build_tokenizer(options: TokenizerOptions) -> Tokenizer:
     raise DataError(f"tokenizer_type: '{options.tokenizer_type}' is unknown; use {', '.join(TOKENIZER_TYPES)}")
 
 
-__all__ = ["TOKENIZER_TYPES", "Tokenizer", "TokenizerOptions", "build_tokenizer", "padded_vocab_size"]
+__all__ = ["TOKENIZER_TYPES", "Tokenizer", "TokenizerOptions", "build_tokenizer", "padded_vocab_size", "prompt_tokens"]

@@ -8,12 +8,18 @@ class CharLevelTokenizer:
 
     name = "CharLevelTokenizer"
     vocab_size = 512
-    eod = 0
+    eod = start = 0
     pad = 1
+    prefix: tuple[int, ...] = ()
+    suffix: tuple[int, ...] = ()
+    ends: tuple[int, ...] = (eod,)
+    special: frozenset[int] = frozenset()
 
     def tokenize(self, text: str) -> list[int]:
         """Return the bytes of a text."""
         return list(text.encode("utf-8"))
+
+    tokenize_bare = tokenize
 
     def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the bytes of each text."""

@@ -56,6 +56,7 @@ class Guards:
         self.rules = Rules(self.settings, loss_scaler=engine.deepspeed.optimizer.loss_scaler if is_fp16 else None)
         self.iteration = 0
         self._loss = 0.0
+        self._is_empty = False
         self._finding: Finding | None = None
         self._in_a_row = 0
         self._samples = (0, 0)
@@ -78,7 +79,8 @@ class Guards:
         self._passed_over = before.left_out
         self._samples = next(read_places(before.consumed_samples, before.left_out)), after.consumed_samples
         self._starts.append(self._samples[0])
-        if self._finding is None and self.rules.need_every_loss and not self.engine.skipped_last_step:
+        is_updated = self._finding is None and not self.engine.skipped_last_step
+        if is_updated and self.rules.need_every_loss and not self._is_empty:
             self.rules.note(self._loss)
         left_out = self.left_out.ranges
         if self._leaves_batch_out():
@@ -101,6 +103,7 @@ class Guards:
 
     def _is_left_out(self, loss: float, norm: float) -> bool:
         self._loss = loss
+        self._is_empty = loss == 0.0 and norm == 0.0  # no token was labelled, which says nothing about usual losses
         self._finding = self.rules.judge(loss, norm)
         return self._finding is not None
 

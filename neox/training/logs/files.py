@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from neox.patience import is_mistake
+
 if TYPE_CHECKING:
     from neox.checkpoint.native.manifest import Progress
     from neox.training.loop import Step
@@ -59,18 +61,24 @@ class AppendedFile:
         earlier: number of files before it that are kept, as `<path>.1` and so on, `.1` the newest.
 
     Raises:
-        OSError: it cannot be opened.
+        OSError: it is not ours to write. Storage that fails may work later.
     """
 
     def __init__(self, path: Path, tell: Tell, *, most_bytes: int = 0, earlier: int = 0) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._tell = tell
         self._most_bytes = most_bytes
         self._earlier = earlier
         self._process = os.getpid()
         self._is_failing = self._is_torn = False
-        self._descriptor = self._open()
+        self._descriptor = -1
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = self._open()
+        except OSError as error:
+            if is_mistake(error):
+                raise
+            self._fail(error)
 
     def append(self, text: str) -> None:
         """Hand text to the system at once, so that a crash loses none."""
@@ -84,13 +92,16 @@ class AppendedFile:
                 self._is_torn = bool(data)
         except OSError as error:
             self.close()  # a folder that is mounted anew wants a new descriptor
-            if not self._is_failing:
-                self._tell(f"{self.path}: cannot be written ({error.strerror}); its lines are lost until it can\n")
-            self._is_failing = True
+            self._fail(error)
         else:
             if self._is_failing:
                 self._tell(f"{self.path}: can be written again\n")
             self._is_failing = False
+
+    def _fail(self, error: OSError) -> None:
+        if not self._is_failing:
+            self._tell(f"{self.path}: cannot be written ({error.strerror}); its lines are lost until it can\n")
+        self._is_failing = True
 
     def close(self) -> None:
         """Let go of the file."""

@@ -13,10 +13,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from neox import results
 from neox.errors import ConfigError, UserError
 from neox.launch.environment import LOCAL_LAUNCH
 from neox.launch.reporting import ERROR_LOCK
 from neox.launch.restarts import times_restarted
+from neox.patience import is_mistake
 from neox.training.logs.files import AppendedFile, Copy, HostFile, RankFile
 from neox.training.logs.once import Once
 from neox.training.logs.streams import CopiedStream, OneOfMany
@@ -104,11 +106,13 @@ def _host_copies(stack: ExitStack, config: "Config", name: str) -> list[Copy]:
 
 @contextlib.contextmanager
 def _replaced_streams(rank: int, output: list[Copy], errors: list[Copy], once: Once | None) -> Iterator[None]:
-    """Have `print`, warnings and log messages go to the terminal and to the files."""
+    """Have results, `print`, warnings and log messages go to the terminal and to the files."""
     before = sys.stdout, sys.stderr
     show_output = None if rank == 0 else _show_nothing
     show_errors = OneOfMany(sys.stderr, rank, once) if once is not None else None
     after = CopiedStream(before[0], output, show_output), CopiedStream(before[1], errors, show_errors)
+    figures = CopiedStream(results.stream(), output, show_output)
+    claimed = results.replace(figures)  # type: ignore[arg-type]
     sys.stdout, sys.stderr = after  # type: ignore[assignment]
     moved = [(handler, place) for handler in _handlers() for place in (0, 1) if handler.stream is before[place]]
     for handler, place in moved:
@@ -122,6 +126,7 @@ def _replaced_streams(rank: int, output: list[Copy], errors: list[Copy], once: O
             traceback.print_exc(file=after[1].copy)
         raise
     finally:
+        results.restore(claimed)
         sys.stdout, sys.stderr = before
         for handler, place in moved:
             handler.setStream(before[place])
@@ -142,9 +147,15 @@ def _handlers() -> Iterator["logging.StreamHandler[TextIO]"]:
 @contextlib.contextmanager
 def _fatal_stacks(path: Path) -> Iterator[None]:
     """Have the stacks of all threads written to a file where a signal such as SIGSEGV or SIGBUS ends the process."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     was_enabled = faulthandler.is_enabled()
-    file = path.open("a", encoding="utf-8")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a", encoding="utf-8")
+    except OSError as error:
+        if is_mistake(error):
+            raise
+        yield  # without them: they go to standard error
+        return
     faulthandler.enable(file)
     try:
         yield

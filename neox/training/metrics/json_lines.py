@@ -1,6 +1,7 @@
 """The file of metrics."""
 
 import json
+import logging
 import math
 import os
 import time
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from neox.errors import ConfigError
+from neox.patience import is_mistake
+
+log = logging.getLogger(__name__)
 
 MOST_WAITING = 10_000
 """Lines kept in memory while the file cannot be written; the oldest go first."""
@@ -32,7 +36,9 @@ class JsonLinesSink:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._append("")
         except OSError as error:
-            raise ConfigError(f"cannot write {path}: {error.strerror}; change save or log_dir") from error
+            if is_mistake(error):
+                raise ConfigError(f"cannot write {path}: {error.strerror}; change save or log_dir") from error
+            log.warning("%s: cannot be written (%s); its lines come later", path, error.strerror)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line, and those that wait; raises what the disk raises."""

@@ -1,26 +1,25 @@
-"""Where metrics go: console, a JSONL file, TensorBoard, Weights & Biases and Comet.
+"""Where metrics go: console, a JSONL file and TensorBoard; `services` has Weights & Biases and Comet.
 
 Metric names are upstream's: `train/lm_loss`, `train/learning_rate`, `train/loss_scale`, `runtime/...`,
 `validation/...`, `test/...`; ours besides, `train/skipped_iterations` and `train/nan_iterations`, which
 upstream prints but does not record.
 """
 
-import importlib
 import logging
-import netrc
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, SupportsFloat, TextIO, cast
-from urllib.parse import urlsplit
 
+from neox import results
 from neox.errors import ConfigError
-from neox.secrets import masked_values
+from neox.patience import is_mistake
 from neox.training.logs.streams import CopiedStream, beside_copy
 from neox.training.metrics.json_lines import JsonLinesSink
+from neox.training.metrics.services import CometSink, optional_import, wandb_sinks
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -66,18 +65,17 @@ class MetricLog:
         Weights & Biases with `wandb_init_all_ranks`.
 
         Raises:
-            ConfigError: a package is missing, a folder cannot be written, or Weights & Biases refuses.
+            ConfigError: a package is missing, a folder is not ours to write, or a service refuses. One that is out of
+                reach, and storage that fails, are a warning.
         """
         settings = config.logging
-        by_wandb = wants_wandb(settings.use_wandb, host=settings.wandb_host, environ=environ)
         if rank != 0:
-            return cls([WandbSink(config, rank=rank)] if by_wandb and settings.wandb_init_all_ranks else ())
+            return cls(wandb_sinks(config, rank=rank, environ=environ) if settings.wandb_init_all_ranks else ())
         sinks: list[Sink] = [JsonLinesSink(run_folder(config) / "metrics.jsonl")]
         sinks += console_sinks(config.training.train_iters)
         if settings.tensorboard_dir:
             sinks.append(TensorBoardSink(Path(settings.tensorboard_dir)))
-        if by_wandb:
-            sinks.append(WandbSink(config, rank=rank))
+        sinks += wandb_sinks(config, rank=rank, environ=environ)
         if settings.use_comet:
             sinks.append(CometSink(config))
         return cls(sinks)
@@ -190,12 +188,15 @@ class TensorBoardSink:
     refusals: ClassVar[tuple[type[Exception], ...]] = (Exception,)
 
     def __init__(self, folder: Path) -> None:
-        module = _optional_import("torch.utils.tensorboard", key="tensorboard_dir", install="pip install tensorboard")
+        module = optional_import("torch.utils.tensorboard", key="tensorboard_dir", install="pip install tensorboard")
         self._open = partial(module.SummaryWriter, log_dir=str(folder))
         try:
             self.writer: Any = self._open()
         except OSError as error:
-            raise ConfigError(f"cannot write {folder}: {error.strerror}; change tensorboard_dir") from error
+            if is_mistake(error):
+                raise ConfigError(f"cannot write {folder}: {error.strerror}; change tensorboard_dir") from error
+            log.warning("%s: cannot be written (%s); tried again at the next report", folder, error.strerror)
+            self.writer = None
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Add one scalar a metric, to another file where the writer of the one before has died of an error."""
@@ -213,80 +214,6 @@ class TensorBoardSink:
             self.writer.close()
 
 
-class WandbSink:
-    """A run at Weights & Biases, or on disk alone with WANDB_MODE=offline.
-
-    With `wandb_init_all_ranks` each process has one, named after its rank.
-    """
-
-    refusals: ClassVar[tuple[type[Exception], ...]] = (Exception,)
-
-    def __init__(self, config: "Config", *, rank: int = 0) -> None:
-        wandb = _optional_import("wandb", key="use_wandb", install="pip install wandb")
-        settings = config.logging
-        name = settings.wandb_run_name
-        if settings.wandb_init_all_ranks:
-            name = f"{name}-rank{rank}" if name else f"rank{rank}"
-        try:
-            self.run = wandb.init(
-                project=settings.wandb_project,
-                entity=settings.wandb_team,
-                group=settings.wandb_group,
-                name=name,
-                config=masked_values(config.to_flat()),
-                settings=wandb.Settings(base_url=settings.wandb_host),
-            )
-        except wandb.Error as error:
-            reason = str(error).partition("\n")[0]
-            raise ConfigError(
-                f"Weights & Biases: {reason}: run `wandb login`, set WANDB_MODE=offline or use_wandb: false"
-            ) from error
-
-    def log(self, step: int, metrics: Metrics) -> None:
-        """Send the metrics of a step."""
-        self.run.log(dict(metrics), step=step)
-
-    def progress(self, step: int) -> None:
-        """Nothing to record."""
-
-    def close(self) -> None:
-        """Finish the run."""
-        self.run.finish()
-
-
-class CometSink:
-    """An experiment at Comet; COMET_START_ONLINE=false keeps it on disk."""
-
-    refusals: ClassVar[tuple[type[Exception], ...]] = (Exception,)
-
-    def __init__(self, config: "Config") -> None:
-        comet = _optional_import("comet_ml", key="use_comet", install="pip install comet_ml")
-        settings = config.logging
-        try:
-            self.experiment = comet.start(workspace=settings.comet_workspace, project=settings.comet_project)
-        except Exception as error:  # Comet has no class that all its errors share
-            reason = str(error).partition("\n")[0]
-            raise ConfigError(
-                f"Comet: {reason}: set COMET_API_KEY, COMET_START_ONLINE=false or use_comet: false"
-            ) from error
-        if settings.comet_experiment_name:
-            self.experiment.set_name(settings.comet_experiment_name)
-        self.experiment.add_tags(list(settings.comet_tags or ()))
-        self.experiment.log_others(settings.comet_others or {})
-        self.experiment.log_parameters(masked_values(config.to_flat()))
-
-    def log(self, step: int, metrics: Metrics) -> None:
-        """Send the metrics of a step."""
-        self.experiment.log_metrics(dict(metrics), step=step)
-
-    def progress(self, step: int) -> None:
-        """Nothing to record."""
-
-    def close(self) -> None:
-        """Send what is left and finish the experiment."""
-        self.experiment.end()
-
-
 def run_folder(config: "Config") -> Path:
     """The folder of a run's own files: `save`, else `log_dir`, else the current one."""
     return Path(config.checkpoint.save or config.logging.log_dir or ".")
@@ -294,24 +221,13 @@ def run_folder(config: "Config") -> Path:
 
 def console_sinks(total_steps: int | None) -> Sequence[Sink]:
     """Choose a bar if stderr is a terminal, and lines on stdout if it is not or if stdout goes elsewhere."""
+    output = results.stream()
     sinks: list[Sink] = [BarSink(total_steps)] if sys.stderr.isatty() else []
-    if not (sys.stderr.isatty() and sys.stdout.isatty()):
-        sinks.append(LineSink(total_steps, sys.stdout))
-    elif isinstance(sys.stdout, CopiedStream):
-        sinks.append(LineSink(total_steps, cast(TextIO, sys.stdout.copy)))
+    if not (sys.stderr.isatty() and output.isatty()):
+        sinks.append(LineSink(total_steps, output))
+    elif isinstance(output, CopiedStream):
+        sinks.append(LineSink(total_steps, cast(TextIO, output.copy)))
     return sinks
-
-
-def wants_wandb(use_wandb: bool | None, *, host: str, environ: Mapping[str, str]) -> bool:
-    """Whether to report to Weights & Biases; with `use_wandb` absent, as upstream, if an API key is found."""
-    if use_wandb is not None:
-        return use_wandb
-    if environ.get("WANDB_API_KEY") or environ.get("WANDB_LOCAL"):
-        return True
-    try:
-        return netrc.netrc(environ.get("NETRC")).authenticators(urlsplit(host).hostname or "") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
 
 
 def console_lines(step: int, total_steps: int | None, metrics: Metrics) -> list[str]:
@@ -384,14 +300,6 @@ def _build_bar() -> "Progress":
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[status]}"))
     return Progress(*columns, console=Console(file=beside_copy(sys.stderr)))
-
-
-def _optional_import(name: str, *, key: str, install: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        missing = error.name or name
-        raise ConfigError(f"{key} is set but {missing} is not installed: {install}, or unset {key}") from error
 
 
 def _number(value: SupportsFloat) -> float:

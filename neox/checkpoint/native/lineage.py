@@ -1,0 +1,136 @@
+"""Whose a checkpoint is. A run deletes and replaces what it wrote itself, and nothing else.
+
+A run, all its restarts included, has one name, drawn when it begins and kept in every manifest that it writes. It is
+the same run where it is resumed from the folder that it saves to. Resumed from another folder it is a new run, of the
+same lineage. Who wrote a checkpoint of GPT-NeoX's, an import, or one whose manifest is damaged is not known: they stay.
+"""
+
+import logging
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from neox.checkpoint.native.manifest import LATEST, Manifest, is_native, latest_name, listed, numbered_folders
+from neox.errors import CheckpointError, UnreadError
+
+log = logging.getLogger(__name__)
+
+KEPT = "kept_"
+"""Before the name of a folder that was in the way of a save."""
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """A run, and those that it was resumed from in other folders.
+
+    Attributes:
+        run: its name; empty for what is not written by a run.
+        parents: the names of the others, the oldest first.
+    """
+
+    run: str = ""
+    parents: tuple[str, ...] = ()
+
+    @classmethod
+    def begun(cls, *parents: str) -> "Lineage":
+        """A new run."""
+        return cls(uuid.uuid4().hex, parents)
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> "Lineage":
+        """The one that a checkpoint names."""
+        return cls(manifest.run, tuple(manifest.lineage))
+
+    def owns(self, folder: Path) -> bool:
+        """Whether a folder is a native checkpoint of this lineage, which the run may replace and delete.
+
+        Raises:
+            UnreadError: storage does not give its manifest.
+        """
+        return bool(self.run) and run_of(folder) in {self.run, *self.parents}
+
+    def check_place(self, final: Path) -> None:
+        """See that a checkpoint may take the name of `final`.
+
+        Raises:
+            CheckpointError: what is there is not of this lineage.
+        """
+        if _is_filled(final) and not self.owns(final) and not is_damaged(final):
+            raise CheckpointError(
+                f"{final}: was not written by this run, which does not replace it; set save to another folder"
+            )
+
+    def make_way(self, final: Path) -> None:
+        """`check_place`, and move aside what is there and does not say whose it is.
+
+        Raises:
+            CheckpointError: what is there is not of this lineage.
+            OSError: it cannot be moved.
+        """
+        self.check_place(final)
+        if not _is_filled(final) or self.owns(final):
+            return
+        number, kept = 1, final.with_name(f"{KEPT}{final.name}")
+        while kept.exists():
+            number, kept = number + 1, final.with_name(f"{KEPT}{final.name}_{number + 1}")
+        final.rename(kept)
+        log.warning("%s: damaged, it does not say what run wrote it; kept as %s", final, kept.name)
+
+
+def _is_filled(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def run_of(folder: Path) -> str:
+    """The run that a native checkpoint names; empty where none can be told.
+
+    Raises:
+        UnreadError: storage does not give its manifest.
+    """
+    try:
+        return Manifest.parse(folder).run if is_native(folder) else ""
+    except UnreadError:
+        raise
+    except CheckpointError:
+        return ""
+
+
+def was_native(folder: Path) -> bool:
+    """Whether this is a native checkpoint, or was one before its manifest was lost."""
+    return is_native(folder) or any(folder.glob("model-?????-???.safetensors"))
+
+
+def is_damaged(folder: Path) -> bool:
+    """Whether this was a native checkpoint and says no more what it is.
+
+    Raises:
+        UnreadError: storage does not give its manifest.
+    """
+    if not is_native(folder):
+        return was_native(folder)
+    try:
+        Manifest.parse(folder)
+    except UnreadError:
+        raise
+    except CheckpointError:
+        return True
+    return False
+
+
+def check_vacant(root: Path) -> None:
+    """See that a folder holds no checkpoints, so that nothing new becomes the newest checkpoint of a run there.
+
+    Raises:
+        CheckpointError: it does.
+    """
+    there = [path.name for path in numbered_folders(root).values()]
+    if there or names_one(root):
+        raise CheckpointError(
+            f"{root}: holds checkpoints already ({listed(there or [latest_name(root) or LATEST])}); name another folder"
+        )
+
+
+def names_one(root: Path) -> bool:
+    """Whether `latest` names a folder that is there, whatever its name."""
+    tag = latest_name(root)
+    return bool(tag) and (root / str(tag)).is_dir()

@@ -1,0 +1,110 @@
+"""What can be seen of the data before a run reads them: files, ids, splits, ends of documents."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from neox.data.build import SPLITS, without_documents
+from neox.data.completions import CompletionSource, completion_sources
+from neox.data.indexed import IndexedDataset, open_corpus
+from neox.data.tokenizers import build_tokenizer
+
+if TYPE_CHECKING:
+    from neox.config import Config
+
+DOCUMENTS_SEEN, TOKENS_SEEN = 64, 1 << 14
+"""How many documents of a corpus are searched for the token that ends one, and how many tokens of each."""
+
+
+def check_data(config: "Config") -> None:
+    """Open every file of the data, look at some of their ids, and see that there are documents for what is asked.
+
+    Raises:
+        DataError: a file is missing or damaged, made for a larger vocabulary, or too small for its split.
+    """
+    for corpus in _corpora(config):
+        corpus.check_ids()
+    for _ in without_documents(config):
+        continue  # they are remarks
+    if config.data.eod_mask_loss or config.training.char_level_ppl:
+        build_tokenizer(config.tokenizer)
+
+
+def data_remarks(config: "Config") -> Iterator[str]:
+    """Lines on evaluations that do not take place, and on documents that are not what a key makes of them."""
+    yield from without_documents(config)
+    yield from _remarks_on_validation(config)
+    masks = [key for key in ("eod_mask_loss", "document_masking") if getattr(config.data, key)]
+    if masks and has_tokenizer(config):
+        end = build_tokenizer(config.tokenizer).eod
+        for corpus in _token_corpora(config):
+            yield from _remarks_on_ends(corpus, end, masks)
+
+
+def has_tokenizer(config: "Config") -> bool:
+    """Whether the tokenizer is at hand; much of training needs none."""
+    settings = config.tokenizer
+    return settings.tokenizer_type == "CharLevelTokenizer" or (
+        settings.vocab_file is not None and Path(settings.vocab_file).is_file()
+    )
+
+
+def _remarks_on_validation(config: "Config") -> Iterator[str]:
+    training = config.training
+    if not training.do_valid or not {"do_valid", "eval_iters", "eval_interval"} & config.given.keys():
+        return
+    if training.eval_iters == 0:
+        yield "do_valid: eval_iters is 0, so there is no validation"
+    elif training.do_train and 0 < (training.train_iters or 0) < training.eval_interval:
+        interval = f"eval_interval {training.eval_interval}"
+        yield f"{interval}: above train_iters {training.train_iters}, so there is no validation"
+
+
+def _corpora(config: "Config") -> Iterator[IndexedDataset]:
+    """Every corpus of ids that the configuration names, opened."""
+    yield from _token_corpora(config)
+    for prefix in _named(config, "_label"):
+        yield open_corpus(config, prefix, "labels", warmup=False)
+    for source in _scored(config):
+        yield from (side.labels for side in source.sides)
+
+
+def _token_corpora(config: "Config") -> Iterator[IndexedDataset]:
+    for prefix in [config.data.data_path] if config.data.data_path else _named(config, ""):
+        yield open_corpus(config, prefix, warmup=False)
+    for source in _scored(config):
+        yield from (side.tokens for side in source.sides)
+
+
+def _named(config: "Config", kind: str) -> list[str]:
+    """The prefixes of a kind of lists, each once."""
+    lists = (getattr(config.data, f"{split}{kind}_data_paths") or () for split in SPLITS)
+    return list(dict.fromkeys(prefix for paths in lists for prefix in paths))
+
+
+def _scored(config: "Config") -> Iterator[CompletionSource]:
+    if config.preference.is_on and config.comparison.dataset_impl != "online":
+        for split in SPLITS:
+            yield from completion_sources(config, split)
+
+
+def _remarks_on_ends(corpus: IndexedDataset, end: int, masks: list[str]) -> Iterator[str]:
+    """Lines where the end-of-document token does not stand at the end of each document, and only there."""
+    documents = range(min(DOCUMENTS_SEEN, len(corpus)))
+    if not documents:
+        return
+    holds, holds_within = (sum(found) for found in zip(*(_holds(corpus, n, end) for n in documents), strict=True))
+    where = f"{corpus.prefix}: of the first {len(documents)} documents"
+    if "eod_mask_loss" in masks and not holds:
+        yield f"{where} none has the end-of-document token {end}, so eod_mask_loss leaves nothing out"
+    if "eod_mask_loss" in masks and holds_within:
+        yield f"{where} {holds_within} have the end-of-document token {end} inside; eod_mask_loss takes no loss there"
+    if "document_masking" in masks and holds_within:
+        yield f"{where} {holds_within} have the end-of-document token {end} inside; document_masking does not cut there"
+
+
+def _holds(corpus: IndexedDataset, document: int, token: int) -> tuple[bool, bool]:
+    """Whether a document has this token, and whether it has it before its end; a long one is read in part."""
+    size = int(corpus.sizes[document])
+    is_token = corpus.get(document, 0, min(size, TOKENS_SEEN)) == token
+    return bool(is_token.any()), bool(is_token[: size - 1].any())

@@ -1,0 +1,122 @@
+"""Standard output is for results: what libraries print there goes to standard error.
+
+A script claims it once, before anything else prints (`claim`): its results get a stream of their own to where standard
+output went, and descriptor 1 becomes standard error, for Python, for libraries in C and for child processes alike.
+"""
+
+import argparse
+import os
+import sys
+from typing import Any, TextIO
+
+from neox.errors import OutputError
+
+EXIT_BROKEN_PIPE = 141
+"""Status of a script whose reader has gone: 128 + SIGPIPE."""
+
+
+class HelpParser(argparse.ArgumentParser):
+    """A parser whose `--help` is a result."""
+
+    def print_help(self, file: Any = None) -> None:
+        """Print the help, to standard output unless a file is given."""
+        super().print_help(file or stream())
+        finish()
+
+
+class _Claimed:
+    """Where results go in this process; None where that is plain standard output."""
+
+    stream: TextIO | None = None
+
+
+def claim() -> None:
+    """Keep standard output for results from now on. A stand-in for it, such as a test's, is left as it is."""
+    if _Claimed.stream is not None or _descriptor(sys.stdout) != 1:
+        return
+    plain = sys.stdout
+    plain.flush()
+    # Without a newline translation of its own, and as `python -u` and terminals want it: each line at once.
+    stream = open(os.dup(1), "w", encoding=plain.encoding, errors=plain.errors)  # noqa: SIM115
+    stream.reconfigure(line_buffering=plain.line_buffering or plain.write_through)  # type: ignore[attr-defined]
+    os.dup2(2, 1)
+    plain.reconfigure(line_buffering=True)  # type: ignore[attr-defined]
+    _Claimed.stream = stream
+
+
+def stream() -> TextIO:
+    """The stream of results."""
+    return _Claimed.stream or sys.stdout
+
+
+def replace(by: TextIO) -> TextIO | None:
+    """Have results go to another stream; return what to give back to `restore`."""
+    before, _Claimed.stream = _Claimed.stream, by
+    return before
+
+
+def restore(before: TextIO | None) -> None:
+    """Undo `replace`."""
+    _Claimed.stream = before
+
+
+def descriptor() -> int | None:
+    """Standard output for a child process whose results are this process's; None: let it inherit."""
+    return None if _Claimed.stream is None else _descriptor(_Claimed.stream)
+
+
+def print_result(*values: object, sep: str = " ", end: str = "\n", flush: bool = False) -> None:
+    """Print as `print` does, to standard output.
+
+    Raises:
+        OutputError: it cannot be written.
+        BrokenPipeError: whoever read it has gone.
+    """
+    try:
+        print(*values, sep=sep, end=end, file=stream(), flush=flush)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise _unwritten(error) from error
+
+
+def finish() -> None:
+    """Write out what is buffered.
+
+    Raises:
+        OutputError: it cannot be written.
+        BrokenPipeError: whoever read it has gone.
+    """
+    try:
+        stream().flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise _unwritten(error) from error
+
+
+def hand_over() -> None:
+    """Make standard output what it was, for a program that this process becomes."""
+    finish()
+    number = descriptor()
+    if number is not None:
+        os.dup2(number, 1)
+
+
+def drop() -> None:
+    """Let results go nowhere from now on: nobody reads them, and what is buffered would fail again at the exit."""
+    number = _descriptor(stream())
+    if number is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+
+
+def _unwritten(error: OSError) -> OutputError:
+    drop()
+    return OutputError(f"standard output: cannot be written ({error.strerror}); results are lost; send it elsewhere")
+
+
+def _descriptor(stream: TextIO) -> int | None:
+    try:
+        return stream.fileno()
+    except (AttributeError, OSError, ValueError):  # a stand-in, or closed
+        return None
