@@ -93,7 +93,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def require_place(path: Path) -> None:
-    """See that `write_whole` can write a file, before the work that it is to hold; makes the folder that it is in.
+    """Check that `write_whole` can write a file, before the work whose result goes there; makes its folder.
 
     Raises:
         UserError: it cannot; caused by the OSError.
@@ -115,6 +115,6 @@ def _unwritable_named(path: Path) -> Iterator[None]:
 
 
 def why_unwritable(error: OSError) -> str:
-    """Why a file cannot be written; of what is said of its folder, what that means."""
+    """Why a file cannot be written. The system's own words for a path below a file mislead ("File exists")."""
     is_below_file = isinstance(error, FileExistsError | NotADirectoryError)
-    return "a file stands where its folder should be" if is_below_file else error.strerror or str(error)
+    return "its parent is a file, not a folder" if is_below_file else error.strerror or str(error)

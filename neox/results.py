@@ -5,6 +5,7 @@ output went, and descriptor 1 becomes standard error, for Python, for libraries 
 """
 
 import argparse
+import io
 import os
 import sys
 from typing import Any, TextIO
@@ -32,16 +33,15 @@ class _Claimed:
 
 def claim() -> None:
     """Keep standard output for results from now on. A stand-in for it, such as a test's, is left as it is."""
-    if _Claimed.stream is not None or _descriptor(sys.stdout) != 1:
-        return
     plain = sys.stdout
+    if _Claimed.stream is not None or not isinstance(plain, io.TextIOWrapper) or _descriptor(plain) != 1:
+        return
     plain.flush()
-    # Without a newline translation of its own, and as `python -u` and terminals want it: each line at once.
-    stream = open(os.dup(1), "w", encoding=plain.encoding, errors=plain.errors)  # noqa: SIM115
-    stream.reconfigure(line_buffering=plain.line_buffering or plain.write_through)  # type: ignore[attr-defined]
+    apart = open(os.dup(1), "w", encoding=plain.encoding, errors=plain.errors)  # noqa: SIM115
+    apart.reconfigure(line_buffering=plain.line_buffering or plain.write_through)  # a terminal, or `python -u`
     os.dup2(2, 1)
-    plain.reconfigure(line_buffering=True)  # type: ignore[attr-defined]
-    _Claimed.stream = stream
+    plain.reconfigure(line_buffering=True)  # in order with standard error
+    _Claimed.stream = apart
 
 
 def stream() -> TextIO:

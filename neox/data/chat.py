@@ -177,8 +177,8 @@ def _tokenizer(path: str) -> Any:
         tokenizer = package.AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise DataError(f"--tokenizer-path {path}: neither a folder with a tokenizer nor a model name") from error
-    if not tokenizer.vocab_size:  # of an absent one transformers 5 makes an empty one
-        raise DataError(f"--tokenizer-path {path}: its vocabulary is absent or empty; copy the whole folder")
+    if not tokenizer.vocab_size:  # transformers 5 makes an empty one where the files are missing
+        raise DataError(f"--tokenizer-path {path}: its vocabulary is missing or empty; copy the whole folder")
     if not tokenizer.chat_template:
         raise DataError(f"--tokenizer-path {path}: has no chat template; use the tokenizer of a chat model")
     if tokenizer.eos_token_id is None:

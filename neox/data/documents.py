@@ -37,7 +37,7 @@ def input_paths(words: Sequence[str]) -> list[str]:
 
 
 def require_distinct(keys: Sequence[str]) -> None:
-    """See that no field of JSON lines is named twice, as each is written to files of its own name.
+    """Check that no field of JSON lines is named twice: each is written to files of its own name.
 
     Raises:
         DataError: one is.
@@ -121,7 +121,7 @@ def _files_of(given: Path) -> list[Path]:
     if given.is_dir():
         found = sorted(path for path in given.iterdir() if _is_input(path))
         if not found:
-            raise DataError(f"{given}: no .jsonl or .txt files (plain, .gz or .zst), but for hidden ones, in this folder")
+            raise DataError(f"{given}: no .jsonl or .txt files (plain, .gz or .zst) in this folder that are not hidden")
         return found
     if not given.is_file():
         raise DataError(f"{given}: no such file")
@@ -131,7 +131,7 @@ def _files_of(given: Path) -> list[Path]:
 
 
 def _is_input(path: Path) -> bool:
-    """Whether a file of a folder is read. A link that leads nowhere is, which fails: it stands for a file."""
+    """Whether a file of a folder is read. A broken link is, and fails: the file it stands for must not be left out."""
     return file_kind(path) is not None and not path.name.startswith(".") and not path.is_dir()
 
 

@@ -52,7 +52,7 @@ class IndexedDatasetWriter:
         self._idx_part = Path(f"{prefix}.idx.{os.getpid()}.part")
         for place in (data_file(prefix), index_file(prefix)):
             if place.is_dir():
-                raise DataError(f"{place}: a folder stands in the place of the file; choose another prefix")
+                raise DataError(f"{place}: a folder has this name; choose another prefix")
         with self._named_errors():
             data_file(prefix).parent.mkdir(parents=True, exist_ok=True)
             self._bin = self._bin_part.open("wb")
@@ -74,7 +74,7 @@ class IndexedDatasetWriter:
             yield
         except OSError as error:
             raise DataError(
-                f"{self.prefix}.bin: cannot be written ({why_unwritable(error)}); make room there, or choose another prefix"
+                f"{self.prefix}.bin: cannot be written ({why_unwritable(error)}); free space or choose another prefix"
             ) from error
 
     def add_document(self, tokens: np.ndarray | Sequence[int]) -> None:
@@ -145,7 +145,7 @@ class IndexedDatasetWriter:
 
 
 class IndexedDatasetWriters:
-    """Writers of datasets that belong together: all get their names at the end, or none does."""
+    """Writers of datasets that belong together: at the end all of them get their names, or none does."""
 
     def __init__(self) -> None:
         self._writers: list[IndexedDatasetWriter] = []

@@ -64,7 +64,7 @@ class PreprocessSummary(NamedTuple):
     Attributes:
         documents: written, for each key.
         empty: passed over, because no key had any text.
-        replaced: in which U+FFFD took the place of lone surrogates.
+        replaced: in which lone surrogates were replaced by U+FFFD.
         tokens: by key.
         prefixes: of the files written, by key.
     """
@@ -95,7 +95,7 @@ def preprocess(options: PreprocessOptions) -> PreprocessSummary:
     """
     require_distinct(options.jsonl_keys)
     tokenizer = build_tokenizer(options)
-    encode = _encoder(options, tokenizer)  # here too where workers encode: what it lacks is said before they start
+    encode = _encoder(options, tokenizer)  # also where workers encode: a missing package is reported before they start
     dtype = smallest_token_dtype(tokenizer.vocab_size)
     prefixes = {key: f"{options.output_prefix}_{key}_document" for key in options.jsonl_keys}
     documents = islice(read_documents(options.inputs), options.num_docs)
@@ -150,11 +150,11 @@ def _encode_all(
             yield waiting.popleft().result()
     except BrokenProcessPool:
         raise DataError(
-            f"a worker was killed, perhaps for want of memory; take fewer --workers than {options.workers}"
+            f"a worker process was killed; out of memory? use fewer --workers than {options.workers}"
         ) from None
     except OSError as error:
         raise DataError(
-            f"--workers {options.workers}: so many processes cannot be started ({error.strerror}); take fewer"
+            f"--workers {options.workers}: that many processes cannot be started ({error.strerror}); use fewer"
         ) from None
     finally:
         executor.shutdown(cancel_futures=True)

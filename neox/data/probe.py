@@ -8,6 +8,7 @@ from neox.data.build import SPLITS, without_documents
 from neox.data.completions import CompletionSource, completion_sources
 from neox.data.indexed import IndexedDataset, open_corpus
 from neox.data.tokenizers import build_tokenizer
+from neox.errors import DataError
 
 if TYPE_CHECKING:
     from neox.config import Config
@@ -26,8 +27,10 @@ def check_data(config: "Config") -> None:
         corpus.check_ids()
     for _ in without_documents(config):
         continue  # they are remarks
-    if config.data.eod_mask_loss or config.training.char_level_ppl:
+    if config.training.char_level_ppl:
         build_tokenizer(config.tokenizer)
+    if config.data.eod_mask_loss:
+        _end_of_document(config)
 
 
 def data_remarks(config: "Config") -> Iterator[str]:
@@ -36,7 +39,9 @@ def data_remarks(config: "Config") -> Iterator[str]:
     yield from _remarks_on_validation(config)
     masks = [key for key in ("eod_mask_loss", "document_masking") if getattr(config.data, key)]
     if masks and has_tokenizer(config):
-        end = build_tokenizer(config.tokenizer).eod
+        end = _end_of_document(config)
+        if end is None:
+            return
         for corpus in _token_corpora(config):
             yield from _remarks_on_ends(corpus, end, masks)
 
@@ -47,6 +52,21 @@ def has_tokenizer(config: "Config") -> bool:
     return settings.tokenizer_type == "CharLevelTokenizer" or (
         settings.vocab_file is not None and Path(settings.vocab_file).is_file()
     )
+
+
+def _end_of_document(config: "Config") -> int | None:
+    """The token that ends documents; None where there is none and no key needs it.
+
+    Raises:
+        DataError: the tokenizer cannot be read, or has no such token and `eod_mask_loss` needs it.
+    """
+    tokenizer = build_tokenizer(config.tokenizer)
+    try:
+        return tokenizer.eod
+    except DataError:
+        if config.data.eod_mask_loss:
+            raise
+        return None
 
 
 def _remarks_on_validation(config: "Config") -> Iterator[str]:

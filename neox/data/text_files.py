@@ -1,4 +1,4 @@
-"""Text files, compressed or not, in which nothing that is damaged passes for whole."""
+"""Reading text files, compressed or not; a damaged file never passes for a whole one."""
 
 import gzip
 import io
@@ -16,7 +16,7 @@ Content = TypeVar("Content")
 COMPRESSED = (".gz", ".zst")
 
 BYTE_ORDER_MARK = "\ufeff"
-"""What some editors put at the start of a file; it is no part of its text."""
+"""Some editors put it at the start of a file; it is not part of the text."""
 
 _BYTES_AT_A_TIME = 1 << 15  # of a compressed file; text that repeats itself becomes thousands of times as many
 _LARGEST_WINDOW = 1 << 31  # bytes; that of `zstd --long=31`, with which some published corpora are made
@@ -48,7 +48,7 @@ def whole_text(path: Path) -> str:
 
 
 class SurrogateFilter:
-    r"""Puts U+FFFD in the place of each lone surrogate of documents, and counts the documents that had any.
+    r"""Replaces lone surrogates in documents by U+FFFD, and counts the documents that had any.
 
     A surrogate is half of a UTF-16 pair. JSON can spell one alone ("\ud83d"), UTF-8 has no bytes for it, and no
     tokenizer has a token.
@@ -68,7 +68,7 @@ class SurrogateFilter:
 
 
 def without_lone_surrogates(content: Any) -> Any:
-    """Return a text, or any JSON value, with U+FFFD in the place of each lone surrogate."""
+    """Return a text, or any JSON value, with each lone surrogate replaced by U+FFFD."""
     if isinstance(content, list):
         return [without_lone_surrogates(part) for part in content]
     if isinstance(content, dict):
@@ -83,12 +83,13 @@ def without_lone_surrogates(content: Any) -> Any:
 
 
 def replaced_line(documents: int) -> str:
-    """What is said of documents that a `SurrogateFilter` has counted."""
-    return f"{documents:,} documents with lone surrogates, which are no text: U+FFFD stands in the place of each"
+    """Return the line that reports the documents a `SurrogateFilter` has counted."""
+    plural = "s" * (documents != 1)
+    return f"{documents:,} document{plural} had lone surrogates, which UTF-8 cannot hold; each was replaced by U+FFFD"
 
 
 class _BadFrameError(Exception):
-    """What is no Zstandard frame, or a damaged one."""
+    """Not a Zstandard frame, or a damaged one."""
 
 
 _DAMAGES = (zlib.error, gzip.BadGzipFile, _BadFrameError)
@@ -96,7 +97,7 @@ _FAILURES = (UnicodeDecodeError, EOFError, OSError, *_DAMAGES)
 
 
 def _named(error: Exception, path: Path, line: int | None = None) -> DataError:
-    """What ended the reading of a file, at `line` if that is known."""
+    """Return the error for what stopped the reading of a file, at `line` if that is known."""
     place = f"{path}:{line}" if line else str(path)
     if isinstance(error, UnicodeDecodeError):
         return _not_utf8(path)

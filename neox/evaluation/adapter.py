@@ -55,7 +55,7 @@ class HarnessModel(TemplateLM):
 
     Attributes:
         cut: requests whose context was longer than the model's positions, so that only its end was read.
-        replaced: whether a text had lone surrogates, in whose places U+FFFD was read.
+        replaced: whether a text had lone surrogates, which were replaced by U+FFFD.
     """
 
     replaced = False

@@ -85,11 +85,11 @@ def evaluate_model(
             device=str(mesh.device),
             log_samples=False,
         )
-    _say_what_was_changed(adapter)
+    say_what_was_changed(adapter)
     return results if mesh.rank == 0 else None
 
 
-def _say_what_was_changed(adapter: "HarnessModel") -> None:
+def say_what_was_changed(adapter: "HarnessModel") -> None:
     """Say how many requests were longer than the model, and whether text was replaced; every process calls this."""
     found = [(adapter.cut, adapter.replaced)]
     if adapter.world_size > 1:
@@ -102,7 +102,7 @@ def _say_what_was_changed(adapter: "HarnessModel") -> None:
             "only the end of their contexts was read"
         )
     if any(replaced for _, replaced in found):
-        tell("eval_tasks: some requests have lone surrogates, which are no text; U+FFFD was read in the place of each")
+        tell("eval_tasks: some requests had lone surrogates, which UTF-8 cannot hold; each was replaced by U+FFFD")
 
 
 @contextmanager

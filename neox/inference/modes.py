@@ -117,7 +117,7 @@ def complete_shared(
 def run_session(generator: TextGenerator, settings: GenerationSettings, mesh: Mesh, *, prompt_end: str) -> None:
     """Read prompts from the terminal and answer, until its end. Only rank 0 has a terminal; the others follow."""
     if isinstance(sys.stdin, TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # what is typed in another encoding is no reason to end
+        sys.stdin.reconfigure(errors="surrogateescape")  # text typed in another encoding must not end the session
     prompts = typed_prompts(sys.stdin, prompt_end) if mesh.rank == 0 else iter(())
     while (prompt := _broadcast(_typed(prompts), mesh)) is not None:
         result = generator.complete([prompt], settings=settings)[0]
@@ -135,7 +135,7 @@ def _typed(prompts: Iterator[str]) -> str | None:
 def typed_prompts(stream: TextIO, prompt_end: str) -> Iterator[str]:
     """Prompts of a stream, each ended by `prompt_end`; text after that on its line is dropped.
 
-    U+FFFD takes the place of what is no text, which a line on stderr says.
+    Bytes that are not text are replaced by U+FFFD, and a line on stderr says so.
     """
     text = ""
     print_result(PROMPT_SIGN, end="", flush=True)
@@ -153,7 +153,7 @@ def _cleaned(prompt: str) -> str:
     clean = SurrogateFilter()
     cleaned = clean(prompt)
     if clean.documents:
-        print("the prompt had bytes that are no text; U+FFFD stands in the place of each", file=sys.stderr)
+        print("the prompt had bytes that are not UTF-8; each was replaced by U+FFFD", file=sys.stderr)
     return cleaned
 
 

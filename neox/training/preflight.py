@@ -57,14 +57,14 @@ def prepare(config: Config) -> Config:
 def _check_origin(config: Config, *, is_agreed: bool) -> None:
     """Open what the run starts from, and see that it fits, and that `save` has room for what it writes."""
     origin = origin_of(config)
-    if is_agreed and config.training.do_train:
-        check_save(config, origin)
-        check_copies(config.checkpoint, lineage_of(config, origin), start=resumed_at(config, origin))
     check_objective(config, origin)
     if origin is not None:
         agreed_schedule(with_iterations(config), origin.run)
         _check_vocabulary(config, origin.weights)
         check_shapes(config, origin.weights)
+    if is_agreed and config.training.do_train:
+        check_save(config, origin)
+        check_copies(config.checkpoint, lineage_of(config, origin), start=resumed_at(config, origin))
 
 
 def remarks(config: Config) -> Iterator[str]:

@@ -102,6 +102,27 @@ def test_models_with_experts_are_refused_by_name(tmp_path, kind):
     assert "\n" not in str(raised.value)
 
 
+def test_a_byte_order_mark_before_json_is_dropped(tmp_path):
+    options = llama_tokenizer(tmp_path / "own.json")
+    made = export_tokenizer(options, model_max_length=24)
+    config, weights = random_run(**GQA)
+    export_huggingface(weights, config.model, tmp_path / "out", dtype=torch.float32, tokenizer=made)
+    whole = open_checkpoint(tmp_path / "out").config_keys()
+    for path in (tmp_path / "own.json", *(tmp_path / "out").glob("*.json")):
+        path.write_text("\ufeff" + path.read_text(encoding="utf-8"), encoding="utf-8")
+    assert open_checkpoint(tmp_path / "out").config_keys() == whole
+    assert export_tokenizer(options, model_max_length=24) == made
+    again = TokenizerConfig(tokenizer_type="HFTokenizer", vocab_file=str(tmp_path / "out" / "tokenizer.json"))
+    assert export_tokenizer(again, model_max_length=24).files == made.files
+
+
+def test_a_padding_token_beyond_the_vocabulary_is_refused(tmp_path):
+    config, weights = random_run(**GQA)
+    asked = Export(save_tokenizer=False, pad_token_id=config.model.padded_vocab_size)
+    with pytest.raises(CheckpointError, match=r"--pad-token-id \d+: not below the \d+ rows of the vocabulary"):
+        list(export.export(weights, config, tmp_path / "out", asked))
+
+
 def test_special_tokens_are_the_tokenizers(tmp_path):
     options = llama_tokenizer(tmp_path / "own.json")
     made = export_tokenizer(options, model_max_length=24)

@@ -20,7 +20,8 @@ TP2_MODELS = ("pythia_like", "gpt2_default", "rotary_seqres_untied", "alibi", "l
 
 
 def largest_difference(reader, config, arrays):
-    model = build_decoder(config.model, source=weight_source(reader))
+    """Computed in float64, so that the rounding in the file is the only one."""
+    model = build_decoder(config.model, source=weight_source(reader), dtype=torch.float64)
     logits = model(torch.from_numpy(arrays["tokens"])).detach().numpy()
     return np.abs(logits - arrays["logits"]).max()
 

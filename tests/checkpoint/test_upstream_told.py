@@ -10,12 +10,13 @@ from checkpoint.upstream_folders import one_golden, tp2_golden, write_pipeline, 
 
 from neox.checkpoint.architecture import model_config_of
 from neox.checkpoint.described import open_described
-from neox.checkpoint.inspection.logits import streamed_logits
 from neox.checkpoint.load import read_loaded_model
 from neox.checkpoint.open import open_checkpoint
 from neox.checkpoint.runs import open_run
+from neox.checkpoint.weights import weight_source
 from neox.config import config_from_dict
 from neox.errors import CheckpointError, ConfigError
+from neox.model.build import build_decoder
 
 UNTOLD = (
     "seq_length",
@@ -42,9 +43,11 @@ def as_old_llama(weights):
 
 
 def largest_difference(folder, arrays, config_files=()):
+    """Computed in float64, so that the rounding in the file is the only one."""
     weights, config = open_described(folder, config_files)
-    logits = torch.cat(list(streamed_logits(weights, config.model, torch.from_numpy(arrays["tokens"]))))
-    return np.abs(logits.numpy() - arrays["logits"]).max()
+    model = build_decoder(config.model, source=weight_source(weights), dtype=torch.float64)
+    logits = model(torch.from_numpy(arrays["tokens"])).detach().numpy()
+    return np.abs(logits - arrays["logits"]).max()
 
 
 def loading(folder, **keys):

@@ -11,12 +11,16 @@ from data_pipeline.golden_files import FOLDER, LABEL, TEXT, copy_corpus
 from neox.config import Config, config_from_dict
 from neox.data import (
     BatchLoader,
+    IndexedDataset,
     IndexedDatasetWriter,
     build_datasets,
     requested_samples,
     train_iters_for_epochs,
 )
 from neox.errors import DataError
+
+END = 0
+"""The token that ends documents here."""
 
 
 def make_config(**changes: object) -> Config:
@@ -107,6 +111,46 @@ def test_epochs_read_each_sample_once_a_pass(tmp_path: Path) -> None:
         *((0, i) for i in range((10 * 41 - 2) // 32)), *((1, i) for i in range((50 * 41 - 1 - 1) // 32))
     ]  # fmt: skip
     assert train_iters_for_epochs(config) == len(train) * 3 // 3
+
+
+def _numbered_by_ends(row: torch.Tensor) -> list[int]:
+    """Documents of a row as their last token, END, tells them."""
+    is_end = row == END
+    return (is_end.cumsum(0) - is_end.long()).tolist()
+
+
+@pytest.mark.parametrize("pack_impl", ["packed", "pack_until_overflow", "unpacked"])
+def test_samples_number_their_documents_as_tokens_at_all_ends_do(pack_impl: str, tmp_path: Path) -> None:
+    rng, prefix = np.random.RandomState(0), tmp_path / "ended"
+    with IndexedDatasetWriter(prefix, "uint16") as writer:
+        for _ in range(60):
+            writer.add_document(np.append(rng.randint(1, 50, rng.randint(0, 20)), END))
+    lists = {"train_data_paths": [str(prefix)], "train_label_data_paths": [str(prefix)], "eval_iters": 0}
+    config = make_config(**lists, pack_impl=pack_impl, document_masking=True)
+    plain = build_datasets(make_config(**lists, pack_impl=pack_impl)).train
+    several = 0
+    for sample, without in zip(build_datasets(config).train, plain, strict=True):
+        row, numbers = torch.from_numpy(sample["tokens"]), sample.pop("documents")
+        kept = len(row) if pack_impl == "packed" else int((sample["labels"] >= 0).sum())
+        assert numbers[:kept].tolist() == _numbered_by_ends(row[:kept])
+        assert (numbers[kept:] == numbers[kept - 1] + 1).all()  # padding is none of them
+        assert all(np.array_equal(sample[name], without[name]) for name in (*sample, *without))
+        several += numbers[kept - 1] > 0
+    assert several == 0 if pack_impl == "unpacked" else several > len(plain) / 2
+
+
+@pytest.mark.parametrize("name", [TEXT, "enwik100_cached"])
+def test_samples_number_documents_by_the_index_alone(name: str, tmp_path: Path) -> None:
+    prefix = copy_corpus(tmp_path, names=(name,))
+    corpus = IndexedDataset(prefix)
+    train = build_datasets(make_config(data_path=str(prefix), split="1,0,0", document_masking=True)).train
+    for number in range(len(train)):
+        sample, documents = train[number], train.origin(number)["documents"]
+        pieces = [sample["tokens"][sample["documents"] == n] for n in range(len(documents))]
+        assert sample["documents"].tolist() == sorted(sample["documents"].tolist())
+        for piece, document in zip(pieces[1:-1], documents[1:-1], strict=True):
+            assert piece.tolist() == corpus.get(document).tolist()
+        assert pieces[-1].tolist() == corpus.get(documents[-1])[: len(pieces[-1])].tolist() or len(pieces) == 1
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scripts_of import run_script
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from neox.data import IndexedDataset
 from neox.data.chat import ChatOptions, preprocess_chat
+from neox.data.text_files import replaced_line
 from neox.errors import DataError
 
 ROOT = Path(__file__).parents[2]
@@ -98,6 +100,9 @@ def test_pairs_and_rewards(tmp_path: Path, tokenizer: Path, binary: bool, reward
         ({"conversation": []}, {}, "is no conversation"),
         ({"conversation": [{"role": "user"}]}, {}, "is no conversation"),
         ({"conversation": CHAT, "r": "good"}, {"reward_key": "r"}, r"in\.jsonl:1: key 'r' is no reward"),
+        ({"conversation": CHAT, "r": float("nan")}, {"reward_key": "r"}, "key 'r' is no reward; expected a finite"),
+        ({"conversation": CHAT, "r": 10**400}, {"reward_key": "r"}, "key 'r' is no reward; expected a finite number"),
+        ({"conversation": CHAT}, {"jsonl_keys": ["conversation"] * 2}, "--jsonl-keys: conversation is named twice"),
     ],
 )
 def test_mistakes(tmp_path: Path, tokenizer: Path, line: Any, changes: dict[str, Any], message: str) -> None:
@@ -117,6 +122,26 @@ def test_templates_that_do_not_do(tmp_path: Path, tokenizer: Path) -> None:
         written(tmp_path, backwards, {"conversation": CHAT})
     with pytest.raises(DataError, match="neither a folder with a tokenizer nor a model name"):
         written(tmp_path, tmp_path / "nowhere", {"conversation": CHAT})
+
+
+def test_a_tokenizer_without_its_vocabulary_is_refused(tmp_path: Path) -> None:
+    settings = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>", "chat_template": TEMPLATE}
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(DataError, match="its vocabulary is missing or empty; copy the whole folder"):
+        written(tmp_path, tmp_path / "tokenizer", {"conversation": CHAT})
+
+
+def test_lone_surrogates_are_replaced_and_counted(
+    tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    half = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two \ud83d"}]
+    lines = [{"conversation": CHAT}, {"conversation": half}, {"conversation": CHAT, "prompt": "\udc00"}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    arguments = ["--input", tmp_path / "in.jsonl", "--output-prefix", tmp_path / "out", "--tokenizer-path", tokenizer]
+    assert run_script("tools/datasets/preprocess_data_with_chat_template.py", *arguments) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [replaced_line(2)]
+    assert words(IndexedDataset(tmp_path / "out_conversation_document")[1]) == "user : one assistant : two [unk] <end>"
 
 
 def test_the_command(tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,7 @@
 """Token ids that the vocabulary has no row for are found wherever they are read."""
 
+from collections import deque
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -61,13 +63,13 @@ def test_a_large_corpus_is_looked_at_in_chunks_from_its_first_token_to_its_last(
     monkeypatch.setattr(indexed, "_CHUNK", 10)
     monkeypatch.setattr(indexed, "_CHUNKS_CHECKED", 4)
     seen = []
-    for place in range(400):
+    for place in (0, 9, 10, 129, 130, 139, 140, 259, 260, 269, 270, 389, 390, 399):
         found = IndexedDataset(corpus(tmp_path / "odd", 60, place=place), allowed=AllowedIds(ROWS))
         try:
             found.check_ids()
         except DataError:
             seen.append(place)
-    assert seen == [*range(10), *range(130, 140), *range(260, 270), *range(390, 400)]
+    assert seen == [0, 9, 130, 139, 260, 269, 390, 399]
 
 
 def test_a_corpus_without_tokens_has_no_id(tmp_path: Path) -> None:
@@ -76,10 +78,8 @@ def test_a_corpus_without_tokens_has_no_id(tmp_path: Path) -> None:
     IndexedDataset(tmp_path / "none", allowed=AllowedIds(ROWS)).check_ids()
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_batch_with_such_an_id_is_not_given_out(tmp_path: Path, num_workers: int) -> None:
+def test_a_batch_with_such_an_id_is_not_given_out(tmp_path: Path) -> None:
     config = make_config(data_path=corpus(tmp_path / "odd", 60, documents=20), padded_vocab_size=ROWS)
-    batches = BatchLoader(build_datasets(config).train, micro_batch_size=3, num_workers=num_workers)
+    batches = BatchLoader(build_datasets(config).train, micro_batch_size=3)
     with pytest.raises(DataError, match=r"odd: has token id 60, but the vocabulary of the model has 60 rows"):
-        for _ in range(40):
-            next(batches)
+        deque(islice(batches, 40))

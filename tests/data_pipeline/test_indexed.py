@@ -113,3 +113,8 @@ def test_a_wrong_data_impl_is_refused() -> None:
 def test_a_prefix_with_extension_is_explained() -> None:
     with pytest.raises(DataError, match=r"give the prefix without \.bin"):
         IndexedDataset(FOLDER / f"{TEXT}.bin")
+
+
+def test_a_list_of_prefixes_in_the_place_of_one_is_explained() -> None:
+    with pytest.raises(DataError, match="one dataset is named here; name several in train_, valid_ and test_data_"):
+        IndexedDataset(f"{FOLDER / TEXT},{FOLDER / TEXT}")

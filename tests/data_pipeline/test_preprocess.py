@@ -15,6 +15,7 @@ from tokenizers import models, pre_tokenizers, processors
 from neox.data import IndexedDataset
 from neox.data.documents import input_paths, read_documents
 from neox.data.preprocess import PreprocessOptions, preprocess
+from neox.data.text_files import replaced_line
 from neox.errors import DataError
 
 TEXTS = [f"document {number} " * (number % 7 + 1) for number in range(1300)]
@@ -152,9 +153,7 @@ def test_the_commands_say_how_many_documents_had_lone_surrogates(tmp_path: Path)
     vocab = tmp_path / "t.json"
     trained = _command("train_tokenizer.py", "--input", source, "--output", vocab, "--vocab-size", 300)
     assert trained.returncode == 0, trained.stderr
-    assert trained.stdout.endswith(
-        "3 documents with lone surrogates, which are no text: U+FFFD stands in the place of each\n"
-    )
+    assert trained.stdout.splitlines()[1:] == [replaced_line(3)]
     made = _command(
         "preprocess_data.py", "--input", source, "--output-prefix", tmp_path / "out", "--workers", 2,
         "--tokenizer-type", "HFTokenizer", "--vocab-file", vocab,
@@ -191,13 +190,12 @@ def _ending_tokenizer(path: Path, *, single: str) -> dict:
         ("<s> $A <sep>", True, ([256], [258, 257])),
     ],
 )
-@pytest.mark.parametrize("workers", [1, 2])
 def test_a_document_ends_once_whatever_the_tokenizer_puts_around_it(
-    single: str, eod: bool, around: tuple[list[int], list[int]], workers: int, tmp_path: Path
+    single: str, eod: bool, around: tuple[list[int], list[int]], tmp_path: Path
 ) -> None:
     changes = _ending_tokenizer(tmp_path / "t.json", single=single)
     source = _jsonl(tmp_path / "in.jsonl", [{"text": "abc"}, {"text": ""}])
-    summary = _run([source], tmp_path, append_eod=eod, workers=workers, **changes)
+    summary = _run([source], tmp_path, append_eod=eod, **changes)
     row = IndexedDataset(tmp_path / "out_text_document")[0].tolist()
     before, after = around
     assert row[: len(before)] == before

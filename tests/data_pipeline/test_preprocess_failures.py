@@ -88,7 +88,7 @@ def test_a_killed_worker_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(preprocess, "BATCH_DOCUMENTS", 1)
     monkeypatch.setattr(IndexedDatasetWriter, "add_documents", add_and_kill)
     source = jsonl(tmp_path / "in.jsonl", *map(str, range(100)))
-    with pytest.raises(DataError, match="a worker was killed, perhaps for want of memory; take fewer --workers than 2"):
+    with pytest.raises(DataError, match=r"a worker process was killed; out of memory\? use fewer --workers than 2"):
         run([source], tmp_path / "out", workers=2)
     assert names(tmp_path) == ["in.jsonl"]
 
@@ -98,7 +98,7 @@ def test_workers_that_cannot_be_started_are_one_line(tmp_path: Path, monkeypatch
         raise OSError(errno.EAGAIN, "no more processes")
 
     monkeypatch.setattr(preprocess.ProcessPoolExecutor, "submit", refuse)
-    with pytest.raises(DataError, match=r"--workers 9: so many processes cannot be started \(no more processes\)"):
+    with pytest.raises(DataError, match=r"--workers 9: that many processes cannot be started \(no more processes\)"):
         run([jsonl(tmp_path / "in.jsonl", "a")], tmp_path / "out", workers=9)
 
 
@@ -107,7 +107,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_dataset(workers: int, tmp_pa
     source = jsonl(tmp_path / "in.jsonl", *["some text " * 100] * 400)
     run([jsonl(tmp_path / "old.jsonl", "old")], tmp_path / "out")
     with (
-        pytest.raises(DataError, match=r"out_text_document\.bin: cannot be written \(.*\); make room there"),
+        pytest.raises(DataError, match=r"out_text_document\.bin: cannot be written \(.*\); free space"),
         full_disk(100_000),
     ):
         run([source], tmp_path / "out", workers=workers)
@@ -133,7 +133,7 @@ def test_datasets_of_one_run_appear_together_or_not_at_all(tmp_path: Path) -> No
 
 def test_a_folder_in_the_place_of_a_file_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     (tmp_path / "out_text_document.idx").mkdir()
-    with pytest.raises(DataError, match=r"out_text_document\.idx: a folder stands in the place of the file"):
+    with pytest.raises(DataError, match=r"out_text_document\.idx: a folder has this name"):
         run([jsonl(tmp_path / "in.jsonl", "a")], tmp_path / "out")
     assert names(tmp_path) == ["in.jsonl", "out_text_document.idx"]
 
@@ -146,7 +146,7 @@ def test_a_folder_in_the_place_of_a_file_is_refused_before_anything_is_written(t
         (("--workers", 0), "--workers: 0 is not a whole number of at least 1"),
         (("--log-interval", 0), "--log-interval: 0 is not a whole number of at least 1"),
         (("--jsonl-keys", "text", "text"), "--jsonl-keys: text is named twice"),
-        (("--output-prefix", "in.jsonl/out"), "out_text_document.bin: cannot be written (a file stands where its"),
+        (("--output-prefix", "in.jsonl/out"), "out_text_document.bin: cannot be written (its parent is a file"),
         (("--input", "a,in.jsonl"), "a: no such file"),
     ],
 )
@@ -166,7 +166,7 @@ def test_flags_that_cannot_be_meant_are_one_line(
     ("flags", "message"),
     [
         (("--vocab-size", -1), "--vocab-size: -1 is not a whole number of at least 1"),
-        (("--output", "in.jsonl/t.json"), "in.jsonl/t.json: cannot be written (a file stands where its folder should"),
+        (("--output", "in.jsonl/t.json"), "in.jsonl/t.json: cannot be written (its parent is a file, not a folder"),
         (("--output", "."), "cannot be written (it is no file)"),
         (("--input", "empty.jsonl"), "empty.jsonl: no text; nothing to train on"),
         (("--input", "blank.txt"), "blank.txt: no text; nothing to train on"),

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from data_pipeline.test_build import make_config
 
 from neox.data import IndexedDatasetWriter
@@ -25,7 +26,7 @@ PLAIN = [[5, 6, 7, END]] * 5
 
 
 def remarks(**changes: object) -> list[str]:
-    config = make_config(**CHARACTERS, **changes)
+    config = make_config(**CHARACTERS | changes)
     check_data(config)
     return list(data_remarks(config))
 
@@ -86,6 +87,16 @@ def test_the_end_of_document_inside_of_documents_is_told(tmp_path: Path) -> None
     ]
     plain = corpus(tmp_path / "plain", PLAIN)
     assert remarks(**data | {"data_path": plain}, eod_mask_loss=True, document_masking=True) == []
+
+
+def test_a_vocabulary_without_an_end_of_document_does_for_the_masks_of_documents(tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = {"tokenizer_type": "HFTokenizer", "vocab_file": str(tmp_path / "tokenizer.json")}
+    data = {"data_path": corpus(tmp_path / "plain", PLAIN), "split": "1,0,0", "do_valid": False, "do_test": False}
+    assert remarks(**data, **tokenizer, document_masking=True) == []
+    with pytest.raises(DataError, match=r"tokenizer\.json: has no <\|endoftext\|>"):
+        remarks(**data, **tokenizer, eod_mask_loss=True)
 
 
 @pytest.mark.parametrize("odd_one", ["train", "valid", "test", "label"])

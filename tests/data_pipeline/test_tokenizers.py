@@ -4,13 +4,19 @@ import io
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
+import requests
 import sentencepiece
+import tiktoken
 import tokenizers
+import transformers
 from data_pipeline.golden_files import FOLDER, read_json
+from tokenizers import models, pre_tokenizers
 
 from neox.data import build_tokenizer, padded_vocab_size
+from neox.data.tokenizers.base import END_OF_DOCUMENT, PADDING
 from neox.data.tokenizers.train import save_tokenizer, train_bpe
 from neox.errors import DataError
 
@@ -169,6 +175,12 @@ def test_characters_are_bytes() -> None:
         ("WordTokenizer", None, None, "'WordTokenizer' is unknown; use GPT2BPETokenizer"),
         ("HFTokenizer", None, None, "needs a file: set vocab_file"),
         ("HFTokenizer", "missing.json", None, r"missing\.json: no such file"),
+        ("HFTokenizer", str(FOLDER), None, "is a folder; give the file in it that HFTokenizer reads"),
+        ("SPMTokenizer", str(FOLDER), None, "is a folder; give the file in it that SPMTokenizer reads"),
+        ("HFGPT2Tokenizer", str(FOLDER), None, "neither a folder with a GPT-2 tokenizer"),
+        ("HFGPT2Tokenizer", __file__, None, "neither a folder with a GPT-2 tokenizer"),
+        ("HFGPT2Tokenizer", f"{FOLDER}/missing", None, "neither a folder with a GPT-2 tokenizer"),
+        ("TiktokenTokenizer", "cl200k", None, "cl200k: no such tiktoken encoding; there are "),
         ("HFTokenizer", __file__, None, "not a tokenizers JSON file"),
         ("GPT2BPETokenizer", __file__, None, "set merge_file"),
         ("GPT2BPETokenizer", __file__, __file__, "not a GPT-2 vocabulary"),
@@ -187,3 +199,87 @@ def test_mistakes_are_one_line(kind: str, vocab: str | None, merges: str | None,
 )
 def test_padded_vocabulary(vocab: int, size: int, padded: int) -> None:
     assert padded_vocab_size(vocab, divisible_by=128, model_parallel_size=size) == padded
+
+
+def test_a_folder_names_the_file_in_it(trained: Path) -> None:
+    with pytest.raises(DataError, match=r"is a folder; give .*/tokenizer\.json"):
+        build_tokenizer(options("HFTokenizer", trained.parent))
+
+
+def test_a_tokenizer_that_makes_nothing_of_text_is_refused(tmp_path: Path) -> None:
+    special = [END_OF_DOCUMENT, PADDING]
+    for number, vocabulary in enumerate(({}, {token: place for place, token in enumerate(special)})):
+        backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+        backend.add_special_tokens(special)
+        backend.save(str(tmp_path / f"{number}.json"))
+        with pytest.raises(DataError, match=rf"{number}\.json: has no tokens except special ones"):
+            build_tokenizer(options("HFTokenizer", tmp_path / f"{number}.json"))
+    (tmp_path / "vocab.json").write_text(json.dumps({token: place for place, token in enumerate(special)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    with pytest.raises(DataError, match="has no tokens except special ones"):
+        build_tokenizer(options("GPT2BPETokenizer", tmp_path / "vocab.json", tmp_path / "merges.txt"))
+    (tmp_path / "empty.model").touch()
+    with pytest.raises(DataError, match="not a SentencePiece model"):
+        build_tokenizer(options("SPMTokenizer", tmp_path / "empty.model"))
+
+
+def test_a_vocabulary_of_a_few_words_or_of_one_script_is_none_that_is_empty(tmp_path: Path) -> None:
+    for name, vocabulary in (("words", {"C4": 0, "D4": 1}), ("script", {"漢": 0, "字": 1})):
+        model = models.WordLevel(vocabulary, unk_token="absent") if name == "words" else models.BPE(vocabulary, [])
+        backend = tokenizers.Tokenizer(model)
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        backend.add_special_tokens([END_OF_DOCUMENT])
+        backend.save(str(tmp_path / f"{name}.json"))
+        tokenizer = build_tokenizer(options("HFTokenizer", tmp_path / f"{name}.json"))
+        assert tokenizer.tokenize(next(iter(vocabulary))) == [0]
+
+
+def test_gpt2_through_transformers_has_a_row_for_each_id(tmp_path: Path) -> None:
+    """Of a folder with a vocabulary that leaves numbers out, and no network for one without."""
+    alphabet = {char: number for number, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    (tmp_path / "vocab.json").write_text(json.dumps(alphabet | {END_OF_DOCUMENT: 300}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = build_tokenizer(options("HFGPT2Tokenizer", tmp_path))
+    assert tokenizer.eod == 300
+    assert tokenizer.vocab_size == 1 + max(tokenizer.eod, tokenizer.pad)
+    assert tokenizer.detokenize(tokenizer.tokenize("naïve")) == "naïve"
+
+
+def test_what_is_a_path_is_looked_for_here_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+
+    def from_pretrained(source: str, *, local_files_only: bool) -> None:
+        asked[source] = local_files_only
+        raise OSError
+
+    monkeypatch.setattr(transformers.GPT2TokenizerFast, "from_pretrained", from_pretrained)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    for source in ("folder", "folder/missing", "gpt2", "openai-community/gpt2"):
+        with pytest.raises(DataError, match=f"vocab_file: {source}: neither a folder"):
+            build_tokenizer(options("HFGPT2Tokenizer", source))
+    assert asked == {"folder": True, "folder/missing": True, "gpt2": False, "openai-community/gpt2": False}
+
+
+def test_an_encoding_of_tiktoken_that_cannot_be_downloaded_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (requests.exceptions.ConnectionError("a\nb"), ValueError("damaged"), PermissionError("cache")):
+        monkeypatch.setattr(tiktoken, "get_encoding", Mock(side_effect=error))
+        with pytest.raises(DataError, match=r"p50k_base: .* set TIKTOKEN_CACHE_DIR to a folder") as caught:
+            build_tokenizer(options("TiktokenTokenizer", "p50k_base"))
+        assert "\n" not in str(caught.value)
+
+
+def test_a_byte_order_mark_before_a_vocabulary_is_dropped(trained: Path, tmp_path: Path) -> None:
+    content = trained.read_text(encoding="utf-8")
+    model = json.loads(content)["model"]
+    merges = "#version: 0.2\n" + "".join(f"{one} {other}\n" for one, other in model["merges"])
+    for name, text in (("t.json", content), ("v.json", json.dumps(model["vocab"])), ("m.txt", merges)):
+        (tmp_path / name).write_text("\ufeff" + text, encoding="utf-8")
+    text = "def café 東京"
+    expected = build_tokenizer(options("HFTokenizer", trained)).tokenize(text)
+    assert build_tokenizer(options("HFTokenizer", tmp_path / "t.json")).tokenize(text) == expected
+    gpt2 = build_tokenizer(options("GPT2BPETokenizer", tmp_path / "v.json", tmp_path / "m.txt"))
+    assert gpt2.tokenize(text) == expected
+    (tmp_path / "m.txt").write_text(merges + "three of them\n", encoding="utf-8")
+    with pytest.raises(DataError, match="not a GPT-2 vocabulary"):
+        build_tokenizer(options("GPT2BPETokenizer", tmp_path / "v.json", tmp_path / "m.txt"))

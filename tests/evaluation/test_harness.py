@@ -19,7 +19,7 @@ from scripts_of import fork_script
 from neox.data.tokenizers import CharLevelTokenizer
 from neox.errors import UserError
 from neox.evaluation.harness import require_harness
-from neox.evaluation.run import evaluate_model, result_path, run_evaluation
+from neox.evaluation.run import evaluate_model, result_path, run_evaluation, say_what_was_changed
 from neox.evaluation.tasks import find_tasks
 from neox.inference.loading import load_model
 from neox.inference.session import join
@@ -168,6 +168,26 @@ def test_generation_mixes_tasks_and_keeps_the_order(adapter: Any) -> None:
     answers = adapter.generate_until(given, disable_tqdm=True)
     alone = [adapter.generate_until([request], disable_tqdm=True)[0] for request in given]
     assert answers == alone
+
+
+def test_lone_surrogates_are_read_as_replacement_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    from neox.evaluation.adapter import HarnessModel
+
+    def answers(adapter: Any, high: str, low: str) -> list[Any]:
+        generated = ((f"half {high}", {"until": [], "max_gen_toks": 4}),)
+        return [
+            adapter.loglikelihood(requests("loglikelihood", (f"half {high}", f"x{low}")), disable_tqdm=True),
+            adapter.loglikelihood_rolling(requests("loglikelihood_rolling", (f"{low} y",)), disable_tqdm=True),
+            adapter.generate_until(requests("generate_until", *generated), disable_tqdm=True),
+        ]
+
+    whole, broken = (HarnessModel(small_model(), TOKENIZER) for _ in range(2))
+    assert answers(broken, "\ud83d", "\udc00") == answers(whole, "\ufffd", "\ufffd")
+    for adapter in (whole, broken):
+        say_what_was_changed(adapter)
+    assert capsys.readouterr().err == (
+        "eval_tasks: some requests had lone surrogates, which UTF-8 cannot hold; each was replaced by U+FFFD\n"
+    )
 
 
 def test_a_task_that_generates_beyond_the_model_is_refused(adapter: Any) -> None:

@@ -1,5 +1,6 @@
 """What `generate.py` reads and writes."""
 
+import gzip
 import io
 import json
 import subprocess
@@ -11,6 +12,7 @@ import torch
 from inference.small_model import SMALL, naive_greedy, save_small, small_config, small_model
 from scripts_of import fork_script
 
+from neox.data.text_files import replaced_line
 from neox.data.tokenizers import CharLevelTokenizer
 from neox.errors import CheckpointError, DataError, UserError
 from neox.files import write_whole
@@ -86,6 +88,17 @@ def test_a_session_answers_until_its_input_ends(
     assert shown.count("Context prompt >>> ") == 3
 
 
+def test_what_is_typed_in_another_encoding_does_not_end_a_session(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\nsecond\n"), encoding="utf-8"))
+    run_generation(small_config(load=str(checkpoint), text_gen_type="interactive", maximum_tokens=6), SINGLE)
+    shown = capsys.readouterr()
+    for prompt in ("caf\ufffd", "second"):
+        assert expected_text(prompt, 6) in shown.out
+    assert shown.err == "the prompt had bytes that are not UTF-8; each was replaced by U+FFFD\n"
+
+
 @pytest.mark.parametrize(
     ("typed", "end", "prompts"),
     [
@@ -111,6 +124,17 @@ def test_plain_lines_are_prompts_as_they_stand(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_bytes(b'  indented\r\n\n{"text": 1}\ntrailing \n')
     assert read_prompts(path) == ["  indented", '{"text": 1}', "trailing "]
+    path.write_bytes("\ufeffone\ntwo".encode())
+    assert read_prompts(path) == ["one", "two"]
+
+
+def test_prompts_of_json_lines_may_be_compressed_and_have_lone_surrogates(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "prompts.jsonl.gz"
+    path.write_bytes(gzip.compress("\ufeff".encode() + b'{"text": "one"}\n{"text": "half \\ud83d"}\n'))
+    assert read_prompts(path) == ["one", "half \ufffd"]
+    assert capsys.readouterr().err == f"{path}: {replaced_line(1)}\n"
 
 
 @pytest.mark.parametrize(
@@ -118,16 +142,28 @@ def test_plain_lines_are_prompts_as_they_stand(tmp_path: Path) -> None:
     [
         ("absent.txt", None, "no such file"),
         ("empty.txt", "\n  \n", "holds no prompt"),
-        ("bad.jsonl", '{"text": "a"}\n{"prompt": "b"}\n', r"bad.jsonl:2: expected an object with a \"text\""),
-        ("broken.jsonl", '{"text": \n', r"broken.jsonl:1: expected"),
+        ("bad.jsonl", '{"text": "a"}\n{"prompt": "b"}\n', r"bad.jsonl:2: key 'text' is missing; the line has prompt"),
+        ("broken.jsonl", '{"text": \n', r"broken.jsonl:1: not valid JSON"),
+        ("deep.jsonl", "[" * 100_000 + "]" * 100_000, r"deep.jsonl:1: not valid JSON"),
+        ("latin1.txt", b"one\n\ncaf\xe9\n", r"latin1.txt:3: cannot be read as UTF-8 \(byte 0xe9 in column 4\)"),
+        ("latin1.jsonl", b'{"text": "caf\xe9"}', r"latin1.jsonl:1: cannot be read as UTF-8"),
+        ("cut.txt.gz", gzip.compress(b"one\ntwo\n")[:-9], r"cut.txt.gz:\d: the compressed file is cut off"),
     ],
 )
-def test_a_bad_prompt_file_is_named_with_its_line(name: str, content: str | None, message: str, tmp_path: Path) -> None:
+def test_a_bad_prompt_file_is_named_with_its_line(
+    name: str, content: str | bytes | None, message: str, tmp_path: Path
+) -> None:
     if content is not None:
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(DataError, match=message) as caught:
         read_prompts(tmp_path / name)
     assert "\n" not in str(caught.value)
+
+
+def test_a_place_for_samples_is_looked_for_before_the_model(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/samples\.txt: cannot be written \(its parent is a file"):
+        run_generation(small_config(sample_output_file=str(tmp_path / "file" / "samples.txt")), SINGLE)
 
 
 def test_loading_without_a_usable_checkpoint_says_what_to_set(checkpoint: Path) -> None:

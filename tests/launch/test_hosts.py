@@ -62,6 +62,12 @@ def test_nothing_asked() -> None:
     assert Start(config_from_dict(BASE), workers=1).is_alone
 
 
+def test_a_byte_order_mark_before_the_hosts_is_dropped(hostfile: Path) -> None:
+    whole = read_hostfile(hostfile)
+    hostfile.write_text("\ufeff" + HOSTS, encoding="utf-8")
+    assert read_hostfile(hostfile) == whole
+
+
 def test_places_of_the_hostfile(hostfile: Path, tmp_path: Path) -> None:
     assert hostfile_path(configured(None), {"DLTS_HOSTFILE": str(hostfile)}) == hostfile
     assert hostfile_path(configured(hostfile), {"DLTS_HOSTFILE": str(tmp_path / "other")}) == hostfile
@@ -259,7 +265,7 @@ def test_variables_for_other_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / ".deepspeed_env").write_text('# a remark\nFOO=bar\nNCCL_DEBUG="WARN"\n\n')
     given = {"NCCL_DEBUG": "INFO", "PYTHONPATH": "/code", "PATH": "/bin"}
     assert carried_variables(given) == {"NCCL_DEBUG": "WARN", "PYTHONPATH": "/code", "FOO": "bar"}
-    (tmp_path / "mine").write_text("FOO=mine\n")
+    (tmp_path / "mine").write_text("\ufeffFOO=mine\n", encoding="utf-8")
     assert carried_variables({"DS_ENV_FILE": str(tmp_path / "mine")}) == {"FOO": "mine"}
 
 

@@ -48,8 +48,11 @@ def make_run(folder: Path, **changes: object) -> tuple[Run, Path]:
     return Run(folder / "run", config), library
 
 
-def fork_and_show(command: list[str], *, env: dict[str, str], check: bool) -> subprocess.CompletedProcess[str]:
+def fork_and_show(
+    command: list[str], *, env: dict[str, str], stdout: int | None, check: bool
+) -> subprocess.CompletedProcess[str]:
     """In place of `subprocess.run`."""
+    assert stdout is None  # where the test's own goes
     assert not check
     done = fork_script(command[1], *command[2:], **env)
     print(done.stdout, done.stderr)

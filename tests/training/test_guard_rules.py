@@ -13,6 +13,7 @@ from neox.data.loader import RankSampler
 from neox.data.order import advance, merged, read_places
 from neox.errors import CheckpointError
 from neox.parallel.mesh import Mesh
+from neox.training.guards import guard
 from neox.training.guards.left_out import LeftOut
 from neox.training.guards.rules import Rules
 
@@ -127,3 +128,15 @@ def test_the_file_outlives_the_process_and_is_about_one_order_only(
     (tmp_path / "left_out.json").write_text("[]")
     with pytest.raises(CheckpointError, match="remove it to leave no data out"):
         remembered(tmp_path).begin(Progress())
+
+
+def test_steps_without_a_labelled_token_say_nothing_of_usual_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "guard_updates", lambda engine, is_left_out: None)
+    settings = ReliabilityConfig(loss_spike_deviations=3.0, loss_spike_window=8)
+    engine = SimpleNamespace(config=SimpleNamespace(reliability=settings), loss_scale=None, skipped_last_step=False)
+    guards = guard.Guards(engine, SimpleNamespace(ranges=[]), SimpleNamespace())  # type: ignore[arg-type]
+    before = Progress()
+    for loss, norm in ((2.0, 1.0), (0.0, 0.0), (2.5, 0.0)):
+        assert not guards._is_left_out(loss, norm)
+        after = guards.remember(before, before)
+    assert after.recent_losses == [2.0, 2.5]

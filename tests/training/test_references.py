@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from golden_models import GOLDENS
 from ranks import run_ranks
@@ -11,6 +12,7 @@ from training.preferences import MODEL, pairs, rewarded, trained
 
 from neox.checkpoint.upstream.run import UpstreamRun
 from neox.config import config_from_dict
+from neox.data import IndexedDatasetWriter
 from neox.errors import CheckpointError, ConfigError, DataError
 from neox.inference.modes import run_generation
 from neox.model.build import SINGLE
@@ -118,6 +120,15 @@ def test_precompute_says_what_is_missing(tuned: tuple[dict[str, Any], Any]) -> N
     flat, _ = tuned
     with pytest.raises(ConfigError, match="needs a name for what it writes; set precompute_model_name"):
         run_generation(config_from_dict(flat | {"text_gen_type": "precompute"}), SINGLE)
+
+
+def test_documents_of_a_larger_vocabulary_are_not_scored(tuned: tuple[dict[str, Any], Any], tmp_path: Path) -> None:
+    flat, _ = tuned
+    with IndexedDatasetWriter(tmp_path / "larger", np.int32) as writer:
+        writer.add_document(np.array([1, MODEL["padded_vocab_size"], 2]))
+    changes = {"pos_train_data_paths": [str(tmp_path / "larger")], "precompute_model_name": "x"}
+    with pytest.raises(DataError, match=r"larger: has token id 61, but the vocabulary of the model has 61 rows"):
+        run_generation(config_from_dict(flat | changes | {"text_gen_type": "precompute"}), SINGLE)
 
 
 def test_lora_compares_with_the_model_beneath(tuned: tuple[dict[str, Any], Any], tmp_path: Path) -> None:

@@ -148,6 +148,7 @@ GOOD = {"prefix": [1], "completions": [[2]], "rewards": [1.0]}
     [
         (b"", "expected one line of JSON, got b''"),
         (b"\x80\x04]\x94.\n", "expected one line of JSON"),
+        (b"[" * 100_000 + b"]" * 100_000 + b"\n", "expected one line of JSON"),
         ({"a": 1}, "expected a list of samples"),
         ([], "expected a list of samples"),
         ([GOOD, 7], "sample 1: expected prefix, completions and rewards, got 7"),
@@ -156,6 +157,7 @@ GOOD = {"prefix": [1], "completions": [[2]], "rewards": [1.0]}
         ([GOOD | {"completions": [[True]]}], "sample 0: expected lists of token ids"),
         ([GOOD | {"completions": [[]]}], "sample 0: a completion is empty"),
         ([GOOD | {"rewards": [float("nan")]}], "sample 0: expected finite numbers for rewards"),
+        ([GOOD | {"rewards": [10**400]}], "sample 0: expected finite numbers for rewards"),
         ([GOOD | {"prefix": [1] * 7}], "a prompt of 7 tokens leaves no room for a completion in seq_length 6"),
     ],
 )

@@ -79,7 +79,7 @@ class ListedFunction(Unchangeable):
 
 
 def _enum_member(*arguments: Any) -> EnumPlaceholder:
-    """`getattr(<enumeration>, "<member>")`, as Python 3.11.0 to 3.11.3 pickles a member; others have the value.
+    """`getattr(<enumeration>, "<member>")`, as Python 3.11.2 pickles a member; others call it with its value.
 
     Nothing is looked up on an object: the member is found by its name in `ENUMS`.
     """

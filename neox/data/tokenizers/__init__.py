@@ -39,8 +39,8 @@ def build_tokenizer(options: TokenizerOptions) -> Tokenizer:
     tokenizer = _build(options)
     if is_empty(tokenizer):
         raise DataError(
-            f"vocab_file: {options.vocab_file}: has no tokens but special ones, so every text would become nothing; "
-            "check the file"
+            f"vocab_file: {options.vocab_file}: has no tokens except special ones, so every text would become "
+            "empty; check the file"
         )
     return tokenizer
 

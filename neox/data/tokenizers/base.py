@@ -91,7 +91,7 @@ def require_file(path: str | Path | None, *, key: str, tokenizer_type: str) -> P
         raise DataError(f"{tokenizer_type} needs a file: set {key}")
     if Path(path).is_dir():
         inside = next((Path(path) / name for name in _USUAL_NAMES if (Path(path) / name).is_file()), None)
-        raise DataError(f"{key}: {path}: a folder; name {inside or f'the file in it that {tokenizer_type} reads'}")
+        raise DataError(f"{key}: {path}: is a folder; give {inside or f'the file in it that {tokenizer_type} reads'}")
     if not Path(path).is_file():
         raise DataError(f"{key}: {path}: no such file; {tokenizer_type} reads its vocabulary there")
     found = in_its_place(Path(path))

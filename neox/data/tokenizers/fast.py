@@ -143,8 +143,8 @@ def gpt2_model(vocab_path: Path, merge_path: Path) -> tuple[models.BPE, dict[str
     """
     vocabulary = json.loads(vocab_path.read_text(encoding="utf-8-sig"))
     lines = merge_path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
-    merges = [tuple(line.split(" ")) for line in lines if not line.startswith("#version")]
-    return models.BPE(vocabulary, merges), vocabulary
+    merges = (line.split(" ") for line in lines if not line.startswith("#version"))
+    return models.BPE(vocabulary, [(left, right) for left, right in merges]), vocabulary
 
 
 def _one_line(error: Exception) -> str:

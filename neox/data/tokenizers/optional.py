@@ -18,7 +18,7 @@ class HFGPT2Tokenizer:
     def __init__(self, vocab_file: str | None) -> None:
         package = optional_package("transformers", needed_by=self.name)
         source = vocab_file or "gpt2"
-        # The Hub is asked for minutes where it is out of reach; not for what is a path.
+        # Without a network, asking the Hub takes minutes: it is not asked for a path.
         is_path = Path(source).exists() or ("/" in source and Path(source).parent.is_dir())
         absent = (
             f"vocab_file: {source}: neither a folder with a GPT-2 tokenizer (tokenizer.json, or vocab.json and "
@@ -28,10 +28,10 @@ class HFGPT2Tokenizer:
             self._backend = package.GPT2TokenizerFast.from_pretrained(source, local_files_only=is_path)
         except (OSError, ValueError) as error:
             raise DataError(absent) from error
-        if not self._backend.vocab_size:  # of an absent one transformers 5 makes an empty one
+        if not self._backend.vocab_size:  # transformers 5 makes an empty one where the files are missing
             raise DataError(absent)
         self._backend.add_special_tokens({"pad_token": PADDING})
-        self.vocab_size = max(self._backend.get_vocab().values()) + 1  # more than their number where some are absent
+        self.vocab_size = max(self._backend.get_vocab().values()) + 1  # ids may have gaps
         self.eod: int = self._backend.eos_token_id
         self.start = self.eod
         self.ends: tuple[int, ...] = (self.eod,)
