@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.op_builder import AsyncIOBuilder
@@ -74,10 +75,22 @@ def remarks(config: Config) -> Iterator[str]:
     """
     yield from config.notices
     yield from data_remarks(config)
+    yield from _missing_tokenizer_files(config)
     if config.evaluation.eval_tasks:
         yield "eval_tasks: not run while training; run evaluate.py with the same files"
     if config.logging.memory_profiling and _is_without_gpu(config):
         yield "memory_profiling: there is no CUDA device here, nothing is recorded"
+
+
+def _missing_tokenizer_files(config: Config) -> Iterator[str]:
+    """Files that are named and not there, where the size of the vocabulary is known without them."""
+    settings = config.tokenizer
+    if settings.tokenizer_type not in ("GPT2BPETokenizer", "HFTokenizer", "SPMTokenizer"):
+        return  # the others have no files, or take names that are none
+    for key in ("vocab_file", "merge_file"):
+        path = getattr(settings, key)
+        if path is not None and not Path(path).exists():
+            yield f"{key} {path}: no such file; training reads none, so nothing is checked against the tokenizer"
 
 
 def _check_device(config: Config) -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,10 +13,12 @@ from scripts_of import ROOT, run_script
 from weight_sources import RandomWeights
 
 from neox.checkpoint.conversion.convert import write_native
-from neox.checkpoint.huggingface import export_huggingface
+from neox.checkpoint.huggingface import FAMILIES, export_huggingface
 from neox.checkpoint.native.manifest import Layout, Manifest, Progress
 from neox.checkpoint.native.store import StoredTensor, Team, write_checkpoint
+from neox.choices import ARCHITECTURES, TOKENIZER_TYPES
 from neox.config import config_from_dict
+from neox.config.data import TokenizerConfig
 
 TOOLS = sorted(path.name for path in (ROOT / "tools" / "ckpts").glob("*.py"))
 
@@ -133,3 +136,9 @@ def test_metas_files_are_opened_as_they_are(folder, capsys, tmp_path):
     (damaged / "consolidated.00.pth").write_bytes(changed)
     assert run_script("tools/ckpts/verify_checkpoint.py", damaged) == 1
     assert "consolidated.00.pth" in capsys.readouterr().out
+
+
+def test_names_on_offer_are_those_that_there_are():
+    """`neox.choices` has them apart from what they name."""
+    assert tuple(FAMILIES) == ARCHITECTURES
+    assert get_args(TokenizerConfig.model_fields["tokenizer_type"].annotation) == TOKENIZER_TYPES

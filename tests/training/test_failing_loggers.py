@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from neox import results
 from neox.training.logs.files import AppendedFile
 from neox.training.metrics import loggers
 from neox.training.metrics.json_lines import JsonLinesSink
@@ -123,3 +124,14 @@ def test_storage_that_fails_when_a_run_starts_is_tried_again_and_no_mistake(
     file.append("kept\n")
     assert (tmp_path / "logs" / "rank.log").read_text() == "kept\n"
     assert len(told) == 2  # that it cannot be written, and that it can again
+
+
+def test_a_run_whose_lines_could_not_be_printed_is_no_failure() -> None:
+    with Path("/dev/full").open("w") as full:
+        before = results.replace(full)
+        try:
+            with MetricLog([LineSink(10, full)]) as metrics:
+                metrics.log(1, {"train/lm_loss": 1.0})
+            results.finish()  # as the script does at its end
+        finally:
+            results.restore(before)

@@ -13,8 +13,6 @@ from training.layouts import ADAMW, MODEL, TRAINING
 
 from neox.config import Config, config_from_dict
 from neox.errors import ConfigError
-from neox.launch.variables import RESTARTS
-from neox.training import preflight
 from neox.training.metrics import services
 from neox.training.metrics.services import CometSink, WandbSink, wandb_sinks
 
@@ -141,15 +139,3 @@ def test_comet_out_of_reach_and_comet_that_refuses(
     with pytest.raises(ConfigError, match="COMET_API_KEY") as error:
         CometSink(settings(use_comet=True))
     assert "\n" not in str(error.value)
-
-
-def test_a_store_is_asked_at_the_first_start_alone(corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that is out of reach when a run is started again ends it as little as one that fails at a save."""
-    asked: list[Any] = []
-    monkeypatch.setattr(preflight, "check_store", asked.append)
-    config = settings(data_path=corpus)
-    preflight.prepare(config)
-    assert asked == [config.checkpoint]
-    monkeypatch.setenv(RESTARTS, "1")
-    preflight.prepare(config)
-    assert asked == [config.checkpoint]

@@ -142,7 +142,13 @@ class LineSink:
         """Nothing to print."""
 
     def close(self) -> None:
-        """Nothing to close."""
+        """Give up what could not be printed: the run is no failure for that, and `metrics.jsonl` has it."""
+        try:
+            self.stream.flush()
+        except BrokenPipeError:
+            raise
+        except OSError:
+            results.drop()
 
 
 class BarSink:
