@@ -116,9 +116,9 @@ def flats(draw: st.DrawFn) -> dict[str, Any]:
 def test_any_mapping(flat: dict[str, Any], world_size: int | None) -> None:
     config = judged(lambda: config_from_dict(flat, world_size=world_size))
     if config is not None:
-        # What is resolved can be resolved again.
+        # What is resolved can be resolved again; an empty section is no longer there then.
         again = config_from_dict(config.to_flat(), world_size=world_size)
-        assert again.notices == config.notices
+        assert again.notices == tuple(line for line in config.notices if ": empty," not in line)
 
 
 @pytest.mark.parametrize("key", KEYS)

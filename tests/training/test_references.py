@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from checkpoint.small_checkpoints import save as save_small
 from golden_models import GOLDENS
 from ranks import run_ranks
 from training.preferences import MODEL, pairs, rewarded, trained
@@ -72,8 +73,12 @@ def test_a_named_reference_wins(tuned: tuple[dict[str, Any], Any], tmp_path: Pat
     assert first["train/ref_pos"] != pytest.approx(steps[0]["train/ref_pos"], rel=1e-2)
 
 
-def test_a_reference_that_is_gone(tuned: tuple[dict[str, Any], Any]) -> None:
+def test_a_reference_that_is_gone(tuned: tuple[dict[str, Any], Any], tmp_path: Path) -> None:
     flat, _ = tuned
+    save_small(tmp_path, 5)
+    (tmp_path / "latest").unlink()
+    with pytest.raises(CheckpointError, match=rf"^{tmp_path}: has global_step5 and no latest; write the name"):
+        prepare(config_from_dict(flat | {"reference_load": str(tmp_path)}))
     with pytest.raises(CheckpointError, match=r"^reference_load .*/nowhere: no such folder; name the checkpoint"):
         prepare(config_from_dict(flat | {"reference_load": "nowhere"}))
 

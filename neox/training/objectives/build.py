@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from neox.checkpoint.lora import merged
-from neox.checkpoint.open import open_checkpoint
+from neox.checkpoint.open import locate_checkpoint, open_checkpoint
 from neox.checkpoint.upstream.reader import Hints
 from neox.checkpoint.upstream.run import UpstreamRun
 from neox.checkpoint.weights import weight_source
@@ -108,7 +108,9 @@ def check_objective(config: Config, origin: Origin | None) -> None:
                 "set finetune: true to start anew from its weights"
             )
     if config.preference.needs_reference(config.generation.precompute_model_name):
-        reference_folder(config, origin)
+        folder = reference_folder(config, origin)
+        if folder is not None:
+            locate_checkpoint(folder)
 
 
 def with_fresh_reward_head(weights: WeightSource, config: Config, origin: Origin | None) -> WeightSource:
