@@ -219,7 +219,7 @@ def measure_inference(
     runs: dict[str, Callable[[], object]] = {
         "forward": lambda: model(tokens),
         # No token is called -1: random weights must not end the text.
-        "generate": lambda: generate(model, [tokens[0, :prompt].tolist()], settings=settings, eod=-1),
+        "generate": lambda: generate(model, [tokens[0, :prompt].tolist()], settings=settings),
         "copy": memory.clone,
     }
     with torch.inference_mode():

@@ -70,8 +70,8 @@ def check_save(config: Config, origin: Origin | None, lineage: Lineage | None = 
     names = [path.name for path in there.values()]
     if start is None and ({*names} - {loaded} or (loaded is None and names_one(root))):
         raise CheckpointError(
-            f"save {root}: holds {listed(names or [latest_name(root) or ''])}, which this run does not go on from; "
-            "name another folder or move them away, or set auto_resume: true to go on from the newest"
+            f"save {root}: holds {listed(names or [latest_name(root) or ''])}, which this run does not resume from; "
+            "name another folder or move them away, or set auto_resume: true to resume from the newest"
         )
     start = start or 0
     others = {number: path for number, path in there.items() if not lineage.owns(path)}

@@ -85,8 +85,8 @@ def test_a_run_that_begins_where_another_has_saved_is_refused(copy: dict[str, An
         changes = {"load": str(root.with_name("elsewhere"))}
     before = contents(root)
     line = (
-        f"save {root}: holds global_step2, global_step4, which this run does not go on from; "
-        "name another folder or move them away, or set auto_resume: true to go on from the newest"
+        f"save {root}: holds global_step2, global_step4, which this run does not resume from; "
+        "name another folder or move them away, or set auto_resume: true to resume from the newest"
     )
     with pytest.raises(CheckpointError) as raised:
         prepare(config_of({key: value for key, value in (copy | changes).items() if key != "latest"}))
