@@ -125,8 +125,8 @@ def test_checkpoints_of_another_run_in_the_same_folder(tmp_path: Path, tuned: di
     flat = interrupted(tuned, tmp_path / "run") | {"train_iters": 1, "checkpoint_factor": 100}
     before = contents(tmp_path / "run")
     refused = (
-        f"save {tmp_path / 'run'}: holds global_step2, global_step4, global_step6, which this run does not resume from; "
-        "name another folder or move them away, or set auto_resume: true to resume from the newest"
+        f"save {tmp_path / 'run'}: holds global_step2, global_step4, global_step6, which this run does not resume "
+        "from; name another folder or move them away, or set auto_resume: true to resume from the newest"
     )
     assert run_ranks(refusal, 1, flat, {}) == [refused]
     assert not (tmp_path / "run" / BEGUN).exists()
