@@ -21,7 +21,7 @@ def zst(text: str) -> bytes:
 
 
 def gz(text: str) -> bytes:
-    return gzip.compress(text.encode())
+    return gzip.compress(text.encode(), mtime=0)
 
 
 def read(folder: Path, name: str, content: bytes) -> str:
