@@ -77,10 +77,8 @@ def prune_checkpoints(root: Path, keep: int, lineage: Lineage) -> list[str]:
     deleted = []
     try:
         named = (root / LATEST).read_text().strip() if (root / LATEST).is_file() else ""
-        manifests = sorted(
-            (path for path in root.glob(f"global_step*/{MANIFEST}") if lineage.owns(path.parent)), key=_age
-        )
-        for path in sorted(manifests, key=_age)[:-keep]:
+        own = [path for path in root.glob(f"global_step*/{MANIFEST}") if lineage.owns(path.parent)]
+        for path in sorted(own, key=_age)[:-keep]:
             if path.parent.name != named:
                 doomed = _hidden(path.parent, DELETED)  # so that a kill leaves no half checkpoint under its name
                 path.parent.rename(doomed)

@@ -87,12 +87,8 @@ def run_of(folder: Path) -> str:
     Raises:
         UnreadError: storage does not give its manifest.
     """
-    try:
-        return Manifest.parse(folder).run if is_native(folder) else ""
-    except UnreadError:
-        raise
-    except CheckpointError:
-        return ""
+    manifest = _manifest(folder)
+    return "" if manifest is None else manifest.run
 
 
 def was_native(folder: Path) -> bool:
@@ -106,15 +102,17 @@ def is_damaged(folder: Path) -> bool:
     Raises:
         UnreadError: storage does not give its manifest.
     """
-    if not is_native(folder):
-        return was_native(folder)
+    return was_native(folder) and _manifest(folder) is None
+
+
+def _manifest(folder: Path) -> Manifest | None:
+    """What a native checkpoint says of itself; None where it is none, or is damaged."""
     try:
-        Manifest.parse(folder)
+        return Manifest.parse(folder) if is_native(folder) else None
     except UnreadError:
         raise
     except CheckpointError:
-        return True
-    return False
+        return None
 
 
 def check_vacant(root: Path) -> None:
