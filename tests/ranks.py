@@ -78,9 +78,16 @@ def fork(function: Callable[..., None], *args: Any) -> BaseProcess:
     context.set_forkserver_preload(["ranks_preload"])
     with _server_finds(Path(__file__).parent):
         forkserver.ensure_running()
-    process = context.Process(target=function, args=args)
+    process = context.Process(target=_with_default_start, args=(function, *args))
     process.start()
     return process
+
+
+def _with_default_start(function: Callable[..., None], *args: Any) -> None:
+    # A child of the fork server would start its own children, the workers of loaders, through servers of their own,
+    # each of which imports torch; a script that is started as usual does not.
+    multiprocessing.set_start_method(None, force=True)
+    function(*args)
 
 
 @contextlib.contextmanager

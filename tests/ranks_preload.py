@@ -15,6 +15,7 @@ import torch.distributed
 import torch.profiler._cupti_monitor
 import transformers  # noqa: F401
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401
 
 import neox
 

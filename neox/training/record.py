@@ -115,7 +115,8 @@ def _torch() -> dict[str, Any]:
 
 def packages() -> dict[str, str]:
     """Version of every package that is installed."""
-    found = {package.metadata["Name"]: package.version for package in distributions() if package.metadata["Name"]}
+    metadata = [package.metadata for package in distributions()]  # read from its file at each look
+    found = {one["Name"]: one["Version"] for one in metadata if one["Name"]}
     return dict(sorted(found.items(), key=lambda item: item[0].lower()))
 
 
