@@ -47,7 +47,12 @@ class Lineage:
         Raises:
             UnreadError: storage does not give its manifest.
         """
-        return bool(self.run) and run_of(folder) in {self.run, *self.parents}
+        manifest = _manifest(folder)
+        return manifest is not None and self.includes(manifest.run)
+
+    def includes(self, run: str) -> bool:
+        """Whether a run is this one or one that it was resumed from; what no run wrote has no name and is none."""
+        return bool(run) and run in (self.run, *self.parents)
 
     def check_place(self, final: Path) -> None:
         """See that a checkpoint may take the name of `final`.
@@ -79,16 +84,6 @@ class Lineage:
 
 def _is_filled(folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
-
-
-def run_of(folder: Path) -> str:
-    """The run that a native checkpoint names; empty where none can be told.
-
-    Raises:
-        UnreadError: storage does not give its manifest.
-    """
-    manifest = _manifest(folder)
-    return "" if manifest is None else manifest.run
 
 
 def was_native(folder: Path) -> bool:

@@ -110,7 +110,7 @@ class S3Folder:
             return True
         try:
             content = json.loads(self._client.get_object(Bucket=self._bucket, Key=key)["Body"].read())
-            return content.get("run", content["checksum"]) in {lineage.run, *lineage.parents} - {""}
+            return lineage.includes(content.get("run", content["checksum"]))
         except (ValueError, KeyError, AttributeError, TypeError):
             return False
 
