@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from neox.data.completions import LARGEST_REWARD
 from neox.data.documents import Document, document_record, read_documents, require_distinct
 from neox.data.gpt_dataset import IGNORED_LABEL
 from neox.data.indexed_writer import IndexedDatasetWriter, IndexedDatasetWriters
@@ -22,8 +23,6 @@ from neox.errors import DataError
 
 PROMPT_KEY = "prompt"
 """Field of a line with what comes before its conversations: turns, or the text of a question (TRL's formats)."""
-
-LARGEST_REWARD = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
