@@ -25,8 +25,7 @@ def check_data(config: "Config") -> None:
     """
     for corpus in _corpora(config):
         corpus.check_ids()
-    for _ in without_documents(config):
-        continue  # they are remarks
+    without_documents(config)
     if config.training.char_level_ppl:
         build_tokenizer(config.tokenizer)
     if config.data.eod_mask_loss:
