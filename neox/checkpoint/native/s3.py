@@ -95,9 +95,7 @@ class S3Folder:
 
         problem = _problem(look)
         if problem:
-            raise ConfigError(
-                f"s3_path {self.address}: what is there cannot be read ({problem}); let its credentials list and read it"
-            )
+            raise ConfigError(f"s3_path {self.address}: cannot be listed ({problem}); its credentials need that right")
         return found
 
     def _checkpoints(self, root: str) -> Iterator[tuple[int, str]]:
