@@ -44,6 +44,11 @@ def stored(iteration: int, rank: int = 0, *, numbers: int = 6) -> Iterator[Store
         yield StoredTensor("optimizer", f"{name}/exp_avg", torch.randn(2, numbers, generator=generator))
 
 
+def contents(root: Path) -> dict[str, bytes]:
+    """Every byte of a folder."""
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
 def save(root: Path, iteration: int, *, lineage: Lineage = RUN, team: Team = ALONE, numbers: int = 6) -> Path:
     return write_checkpoint(
         root,

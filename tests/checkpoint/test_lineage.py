@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoint.small_checkpoints import RUN, manifest_of, save, stored
+from checkpoint.small_checkpoints import RUN, contents, manifest_of, save, stored
 from golden_models import GOLDENS
 
 from neox.checkpoint.native.commit import prune_checkpoints
@@ -31,10 +31,6 @@ def without_run(folder: Path) -> Path:
         del content[key]
     (folder / MANIFEST).write_text(json.dumps({"checksum": _checksum(content)} | content))
     return folder
-
-
-def contents(root: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
 def names(root: Path) -> list[str]:

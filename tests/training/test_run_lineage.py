@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint.small_checkpoints import contents
 from checkpoint.small_checkpoints import save as save_small
 from golden_models import GOLDENS
 from ranks import run_ranks
@@ -55,10 +56,6 @@ def train(flat: dict[str, Any]) -> str:
 
 def config_of(flat: dict[str, Any], **changes: Any) -> Config:
     return config_from_dict(flat | changes, world_size=2)
-
-
-def contents(root: Path) -> dict[str, bytes]:
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
 def run_of(root: Path, iteration: int) -> tuple[str, list[str]]:
