@@ -22,11 +22,11 @@ from neox.launch.restarts import times_restarted
 from neox.model.build import meta_decoder
 from neox.model.head import is_reward_head
 from neox.training.deepspeed_settings import check_settings
-from neox.training.lineage import check_save, lineage_of, resumed_at
 from neox.training.objectives.build import check_objective
 from neox.training.origin import origin_of
 from neox.training.resumption import expected, may_be_restarted
 from neox.training.run import agreed_schedule, cuda_device_count, with_iterations
+from neox.training.save_folder import check_save, lineage_of, resumed_at
 from neox.training.uploads import check_copies, check_store
 from neox.training.vocabulary import settle_vocabulary
 

@@ -30,7 +30,6 @@ from neox.training.guards.guard import Guards
 from neox.training.guards.left_out import LeftOut
 from neox.training.guards.record import SkipLog
 from neox.training.guards.rewind import Rewinder
-from neox.training.lineage import agree_on_lineage
 from neox.training.loaders import micro_batches
 from neox.training.logs.files import NoteStep
 from neox.training.logs.output import logged_output
@@ -46,6 +45,7 @@ from neox.training.plain import PlainEngine
 from neox.training.record import keep_record
 from neox.training.replicas import comparisons
 from neox.training.resumption import agree_on_origin
+from neox.training.save_folder import agree_on_lineage
 from neox.training.schedule import LRSchedule
 from neox.training.signals import Signals, noted_signals
 from neox.training.stragglers import naming_stragglers

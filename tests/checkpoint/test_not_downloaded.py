@@ -146,9 +146,7 @@ def test_types_that_cannot_be_read_are_named(tmp_path: Path, kind: str, message:
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
-def test_quantised_weights_in_a_pickle(
-    tmp_path: Path, dtype: torch.dtype, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_quantised_weights_in_a_pickle(tmp_path: Path, dtype: torch.dtype, capsys: pytest.CaptureFixture[str]) -> None:
     """Without their scales they would be another model."""
     folder = tmp_path / "out"
     exported(folder, **GQA)

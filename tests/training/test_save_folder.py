@@ -19,9 +19,9 @@ from neox.checkpoint.native.integrity import damages
 from neox.checkpoint.native.manifest import Manifest, numbered_folders
 from neox.config import Config, config_from_dict
 from neox.errors import CheckpointError
-from neox.training.lineage import check_save, lineage_of
 from neox.training.origin import origin_of
 from neox.training.preflight import prepare
+from neox.training.save_folder import check_save, lineage_of
 
 
 @pytest.fixture(scope="module")
