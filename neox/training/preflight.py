@@ -15,7 +15,7 @@ from neox.config import Config
 from neox.config.deepspeed import DeepSpeedConfig
 from neox.config.resolve_deepspeed import offload_device
 from neox.data import build_tokenizer
-from neox.data.probe import check_data, data_remarks, has_tokenizer
+from neox.data.preflight import check_data, data_remarks, has_tokenizer
 from neox.errors import ConfigError
 from neox.launch.hosts import has_hostfile
 from neox.launch.restarts import times_restarted

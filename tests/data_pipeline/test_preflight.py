@@ -8,7 +8,7 @@ import tokenizers
 from data_pipeline.test_build import make_config
 
 from neox.data import IndexedDatasetWriter
-from neox.data.probe import check_data, data_remarks
+from neox.data.preflight import check_data, data_remarks
 from neox.errors import DataError
 
 CHARACTERS = {"tokenizer_type": "CharLevelTokenizer", "padded_vocab_size": 512}
