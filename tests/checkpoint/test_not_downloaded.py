@@ -22,7 +22,7 @@ from neox.data.documents import read_documents
 from neox.data.indexed import IndexedDataset
 from neox.data.indexed_writer import IndexedDatasetWriter
 from neox.data.tokenizers import build_tokenizer
-from neox.data.tokenizers.beside import tokens_in
+from neox.data.tokenizers.special_tokens import tokens_in
 from neox.errors import CheckpointError, DataError
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "4d7a2146" * 8 + "\nsize 4999819336\n"
