@@ -115,9 +115,9 @@ def _remarks_on_ends(corpus: IndexedDataset, end: int, masks: list[str]) -> Iter
     holds, holds_within = (sum(found) for found in zip(*(_holds(corpus, n, end) for n in documents), strict=True))
     where = f"{corpus.prefix}: of the first {len(documents)} documents"
     if "eod_mask_loss" in masks and not holds:
-        yield f"{where} none has the end-of-document token {end}, so eod_mask_loss leaves nothing out"
+        yield f"{where} none has the end-of-document token {end}, so eod_mask_loss masks nothing"
     if "eod_mask_loss" in masks and holds_within:
-        yield f"{where} {holds_within} have the end-of-document token {end} inside; eod_mask_loss takes no loss there"
+        yield f"{where} {holds_within} have the end-of-document token {end} inside; eod_mask_loss masks the loss there"
     if "document_masking" in masks and holds_within:
         yield f"{where} {holds_within} have the end-of-document token {end} inside; document_masking does not cut there"
 

@@ -37,7 +37,7 @@ class PreprocessOptions:
         tokenizer_type, vocab_file, merge_file: the tokenizer, as in the configuration.
         jsonl_keys: fields of JSON lines to tokenize.
         append_eod: end every document with the end-of-document token, unless the tokenizer does so itself.
-        ftfy: mend broken Unicode first (needs ftfy).
+        ftfy: fix broken Unicode first (needs ftfy).
         num_docs: stop after so many documents; None for all.
         workers: processes that tokenize; 1 means this one (whose tokenizer may use several threads).
         log_interval: documents between updates of the progress bar.

@@ -90,7 +90,7 @@ def _missing_tokenizer_files(config: Config) -> Iterator[str]:
     for key in ("vocab_file", "merge_file"):
         path = getattr(settings, key)
         if path is not None and not Path(path).exists():
-            yield f"{key} {path}: no such file; training reads none, so nothing is checked against the tokenizer"
+            yield f"{key} {path}: no such file; training does not read it, so nothing is checked against the tokenizer"
 
 
 def _check_device(config: Config) -> None:

@@ -233,9 +233,9 @@ def idle_remark(config: Config, start: int) -> str:
     """Why a run that stands at iteration `start` trains no step; empty where it trains."""
     end = config.training.train_iters
     if not config.training.do_train:
-        return f"no step is trained: do_train is false; the run stands at iteration {start}"
+        return f"nothing to train: do_train is false; the run is at iteration {start}"
     if end is not None and start >= end:
-        return f"no step is trained: the run stands at iteration {start}, and train_iters is {end}"
+        return f"nothing to train: the run is at iteration {start}, and train_iters is {end}"
     return ""
 
 

@@ -159,7 +159,7 @@ def test_checkpoints_without_a_latest_that_could_be_read(tmp_path: Path, state: 
     expected = {
         "empty": f"{latest}: empty; {tmp_path} has: {two}; write the name of one into latest",
         "a folder": f"{latest}: a folder, not a file; replace it by a file with the name of a checkpoint",
-        "junk": f"{latest}: damaged, it names no folder; write the name of the one to take into it",
+        "junk": f"{latest}: damaged, it names no folder; write the name of a checkpoint into it",
         "another": f"{tmp_path / 'global_step7'}: no such checkpoint; {tmp_path} has: {two}",
     }.get(state, lost)
     for look in (checkpoint_folder, locate_checkpoint, lambda root: checkpoint_to_load(root, None, fallback=False)):

@@ -179,7 +179,7 @@ def test_the_copies_of_another_run_stay(tmp_path: Path, bucket: str) -> None:
     before = download(bucket, "copies/run/", tmp_path / "before")
     warning = Uploads(settings).upload(save(tmp_path / "b" / "run", 2), Team())
     assert warning is not None
-    assert "global_step2 not uploaded (run/global_step2 there is another run's, which is not replaced)" in warning
+    assert "global_step2 not uploaded (run/global_step2 there was written by another run and is " in warning
     after = download(bucket, "copies/run/", tmp_path / "after")
     for path in (path for path in before.rglob("*") if path.is_file()):
         assert path.read_bytes() == (after / path.relative_to(before)).read_bytes()

@@ -235,7 +235,7 @@ def _check_whole_model(folder: Path, content: Mapping[str, Any]) -> None:
         )
     if (folder / ADAPTER).is_file():
         raise CheckpointError(
-            f"{folder / ADAPTER}: an adapter of peft lies beside the model, and is not read; "
+            f"{folder / ADAPTER}: the folder also holds an adapter of PEFT, which is not read; "
             "merge it into the model (merge_and_unload), or remove it"
         )
 

@@ -79,7 +79,7 @@ class Lineage:
         while kept.exists():
             number, kept = number + 1, final.with_name(f"{KEPT}{final.name}_{number + 1}")
         final.rename(kept)
-        log.warning("%s: damaged, it does not say what run wrote it; kept as %s", final, kept.name)
+        log.warning("%s: damaged, so the run that wrote it is unknown; kept as %s", final, kept.name)
 
 
 def _is_filled(folder: Path) -> bool:

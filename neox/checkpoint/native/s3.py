@@ -144,7 +144,7 @@ def upload_checkpoint(folder: Path, target: S3Folder, team: Team) -> str | None:
 
     def check() -> None:
         if not target.may_replace(place, Lineage.of(Manifest.parse(folder))):
-            raise CheckpointError(f"{place} there is another run's, which is not replaced")
+            raise CheckpointError(f"{place} there was written by another run and is not replaced")
 
     hosts = team.gather(socket.gethostname())
     problems = team.gather(_problem(check) if team.rank == 0 else None)

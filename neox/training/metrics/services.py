@@ -43,7 +43,7 @@ def wandb_sinks(config: "Config", *, rank: int, environ: Mapping[str, str]) -> "
     except ConfigError as error:
         if settings.use_wandb:
             raise
-        log.warning("%s; training goes on without, as use_wandb is not set", error)
+        log.warning("%s; training continues without it, as use_wandb is not set", error)
         return []
 
 
