@@ -5,7 +5,7 @@ from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
 
-from neox.config.keys import Key, Section, Status, mismatch, number_hint
+from neox.config.keys import Key, Section, Status, exact, mismatch, number_hint
 from neox.config.problems import Problems, did_you_mean
 from neox.config.schema import SECTIONS, Place, fields_with_keys, known_keys, other_keys, places
 
@@ -212,8 +212,7 @@ def _explain(detail: dict[str, Any], place: Place, whole: Any) -> str:
         return "required but not set; add it to a configuration file"
     if kind in _BOUND:
         name, words = _BOUND[kind]
-        bound = context[name]
-        return f"expected {words} {bound if isinstance(bound, int) else format(bound, 'g')}, got {value!r}"
+        return f"expected {words} {exact(context[name])}, got {value!r}"
     if kind == "unmeant":
         return str(context["wrong"])
     if kind == "literal_error":

@@ -74,8 +74,8 @@ class DataConfig(Section):
     use_shared_fs: bool = setting(True, "Sample maps are built once for all hosts, not once a host.")
     eod_mask_loss: bool = setting(
         False,
-        "Take no loss where the input is the tokenizer's end-of-document token.",
-        rule="By that token wherever it stands: where it ends each turn of a conversation too, no loss follows a turn.",
+        "Mask the loss where the input is the tokenizer's end-of-document token.",
+        rule="Every such token counts: if it ends each turn of a conversation too, the loss is masked after each turn.",
     )
     document_masking: bool = setting(
         False,
