@@ -64,8 +64,10 @@ def _check_origin(config: Config, *, is_agreed: bool) -> None:
         _check_vocabulary(config, origin.weights)
         check_shapes(config, origin.weights)
     if is_agreed and config.training.do_train:
-        check_save(config, origin)
-        check_copies(config.checkpoint, lineage_of(config, origin), start=resumed_at(config, origin))
+        lineage = lineage_of(config, origin)
+        check_save(config, origin, lineage)
+        if not times_restarted(os.environ):
+            check_copies(config.checkpoint, lineage, start=resumed_at(config, origin))
 
 
 def remarks(config: Config) -> Iterator[str]:
