@@ -47,13 +47,13 @@ def agree_on_lineage(config: Config, mesh: Mesh, origin: Origin | None) -> Linea
     return box[0]
 
 
-def check_save(config: Config, origin: Origin | None, lineage: Lineage | None = None) -> list[str]:
+def check_save(config: Config, origin: Origin | None, lineage: Lineage) -> list[str]:
     """See that a run replaces no checkpoint of another one in `save`.
 
     Args:
         config: of the run.
         origin: what it starts from; None for fresh weights.
-        lineage: the run; None for `lineage_of`.
+        lineage: the run.
 
     Returns:
         Lines on what is there beside its own and stays, and on what of its own it will replace.
@@ -64,9 +64,8 @@ def check_save(config: Config, origin: Origin | None, lineage: Lineage | None = 
     """
     if config.checkpoint.save is None or not config.training.do_train:
         return []
-    root, lineage = Path(config.checkpoint.save), lineage or lineage_of(config, origin)
-    there, loaded = numbered_folders(root), _loaded_in_save(config, origin)
-    start = resumed_at(config, origin)
+    root = Path(config.checkpoint.save)
+    there, loaded, start = numbered_folders(root), _loaded_in_save(config, origin), resumed_at(config, origin)
     names = [path.name for path in there.values()]
     if start is None and ({*names} - {loaded} or (loaded is None and names_one(root))):
         raise CheckpointError(

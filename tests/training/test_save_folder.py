@@ -64,7 +64,8 @@ def run_of(root: Path, iteration: int) -> tuple[str, list[str]]:
 
 
 def said(config: Config) -> list[str]:
-    return check_save(config, origin_of(config))
+    origin = origin_of(config)
+    return check_save(config, origin, lineage_of(config, origin))
 
 
 @pytest.mark.parametrize(
@@ -166,12 +167,11 @@ def test_a_folder_of_gpt_neox_that_a_run_saves_to(tmp_path: Path) -> None:
         shutil.copytree(GOLDENS / "seq" / "global_step4", tmp_path / f"global_step{number}")
     (tmp_path / "latest").write_text("global_step4")
     golden = config_from_dict(read_golden() | {"save": str(tmp_path), "load": str(tmp_path)}, world_size=1)
-    origin = origin_of(golden)
     with pytest.raises(CheckpointError, match=r"holds global_step9, .* would replace after iteration 4;"):
-        check_save(golden, origin)
+        said(golden)
     shutil.rmtree(tmp_path / "global_step9")
-    assert check_save(golden, origin) == [f"save {tmp_path}: not written by this run, so they stay: global_step4"]
-    lineage = lineage_of(golden, origin)
+    assert said(golden) == [f"save {tmp_path}: not written by this run, so they stay: global_step4"]
+    lineage = lineage_of(golden, origin_of(golden))
     assert lineage.run
     assert lineage.parents == ()
 
