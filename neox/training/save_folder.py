@@ -5,8 +5,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from neox.checkpoint.native.lineage import Lineage, is_damaged, names_one
-from neox.checkpoint.native.manifest import latest_name, listed, numbered_folders
+from neox.checkpoint.native.lineage import Lineage, checkpoints_in, is_damaged
+from neox.checkpoint.native.manifest import listed, numbered_folders
 from neox.config import Config
 from neox.errors import CheckpointError, UserError
 from neox.parallel.mesh import Mesh
@@ -66,10 +66,10 @@ def check_save(config: Config, origin: Origin | None, lineage: Lineage) -> list[
         return []
     root = Path(config.checkpoint.save)
     there, loaded, start = numbered_folders(root), _loaded_in_save(config, origin), resumed_at(config, origin)
-    names = [path.name for path in there.values()]
-    if start is None and ({*names} - {loaded} or (loaded is None and names_one(root))):
+    names = checkpoints_in(root)
+    if start is None and {*names} - {loaded}:
         raise CheckpointError(
-            f"save {root}: holds {listed(names or [latest_name(root) or ''])}, which this run does not resume from; "
+            f"save {root}: holds {listed(names)}, which this run does not resume from; "
             "name another folder or move them away, or set auto_resume: true to resume from the newest"
         )
     start = start or 0

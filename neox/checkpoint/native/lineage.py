@@ -10,7 +10,7 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from neox.checkpoint.native.manifest import LATEST, Manifest, is_native, latest_name, listed, numbered_folders
+from neox.checkpoint.native.manifest import Manifest, is_native, latest_name, listed, numbered_folders
 from neox.errors import CheckpointError, UnreadError
 
 log = logging.getLogger(__name__)
@@ -116,14 +116,19 @@ def check_vacant(root: Path) -> None:
     Raises:
         CheckpointError: it does.
     """
-    there = [path.name for path in numbered_folders(root).values()]
-    if there or names_one(root):
-        raise CheckpointError(
-            f"{root}: holds checkpoints already ({listed(there or [latest_name(root) or LATEST])}); name another folder"
-        )
+    there = checkpoints_in(root)
+    if there:
+        raise CheckpointError(f"{root}: holds checkpoints already ({listed(there)}); name another folder")
 
 
-def names_one(root: Path) -> bool:
-    """Whether `latest` names a folder that is there, whatever its name."""
+def checkpoints_in(root: Path) -> list[str]:
+    """Names of the checkpoints in a folder: those with a number, else the one that `latest` names, whatever its name.
+
+    Raises:
+        CheckpointError: see `latest_name`.
+    """
+    numbered = [path.name for path in numbered_folders(root).values()]
+    if numbered:
+        return numbered
     tag = latest_name(root)
-    return bool(tag) and (root / str(tag)).is_dir()
+    return [tag] if tag and (root / tag).is_dir() else []
