@@ -5,6 +5,8 @@ from typing import Literal
 from neox.config.keys import Float, Floats, Int, Section, Strings, Text, internal, setting
 
 SPLITS = ("train", "valid", "test")
+OF_FILES = ("GPT2BPETokenizer", "HFTokenizer", "SPMTokenizer")
+"""Kinds of tokenizer whose vocabulary is a file; the others have none, or take a name."""
 
 
 class DataConfig(Section):

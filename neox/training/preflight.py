@@ -12,6 +12,7 @@ from neox.checkpoint.huggingface import HuggingFaceReader
 from neox.checkpoint.meta_llama import MetaLlamaReader
 from neox.checkpoint.weights import WeightReader, check_shape, check_vocabulary, missing_tensor
 from neox.config import Config
+from neox.config.data import OF_FILES
 from neox.config.deepspeed import DeepSpeedConfig
 from neox.config.resolve_deepspeed import offload_device
 from neox.data import build_tokenizer
@@ -87,8 +88,8 @@ def remarks(config: Config) -> Iterator[str]:
 def _missing_tokenizer_files(config: Config) -> Iterator[str]:
     """Files that are named and not there, where the size of the vocabulary is known without them."""
     settings = config.tokenizer
-    if settings.tokenizer_type not in ("GPT2BPETokenizer", "HFTokenizer", "SPMTokenizer"):
-        return  # the others have no files, or take names that are none
+    if settings.tokenizer_type not in OF_FILES:
+        return
     for key in ("vocab_file", "merge_file"):
         path = getattr(settings, key)
         if path is not None and not Path(path).exists():
