@@ -173,13 +173,13 @@ def _encode_in_worker(batch: list[Document]) -> _Encoded:
 
 
 def _encoder(options: PreprocessOptions, tokenizer: Tokenizer) -> Callable[[list[Document]], _Encoded]:
-    ends_itself = options.append_eod and tokenizer.suffix[-1:] == (tokenizer.eod,)
+    appends = options.append_eod and tokenizer.suffix[-1:] != (tokenizer.eod,)
     return partial(
         _encode,
         tokenizer=tokenizer,
         keys=options.jsonl_keys,
         mend=optional_package("ftfy", needed_by="--ftfy").fix_text if options.ftfy else None,
-        ending=[tokenizer.eod] if options.append_eod and not ends_itself else [],
+        ending=[tokenizer.eod] if appends else [],
     )
 
 
