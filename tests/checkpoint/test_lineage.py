@@ -1,4 +1,4 @@
-"""Whose a checkpoint is: what may take its name, what is deleted, and what is kept and named."""
+"""Which run owns a checkpoint: what may take its name, what is deleted, and what is kept and named."""
 
 import json
 import logging

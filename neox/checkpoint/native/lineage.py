@@ -1,8 +1,8 @@
-"""Whose a checkpoint is. A run deletes and replaces what it wrote itself, and nothing else.
+"""Which run owns a checkpoint. A run deletes and replaces what it wrote itself, and nothing else.
 
 A run, all its restarts included, has one name, drawn when it begins and kept in every manifest that it writes. It is
 the same run where it is resumed from the folder that it saves to. Resumed from another folder it is a new run, of the
-same lineage. Who wrote a checkpoint of GPT-NeoX's, an import, or one whose manifest is damaged is not known: they stay.
+same lineage. A checkpoint of GPT-NeoX, an import, and one whose manifest is damaged belong to no known run: they stay.
 """
 
 import logging
@@ -66,7 +66,7 @@ class Lineage:
             )
 
     def make_way(self, final: Path) -> None:
-        """`check_place`, and move aside what is there and does not say whose it is.
+        """`check_place`, and move a damaged checkpoint that is there aside.
 
         Raises:
             CheckpointError: what is there is not of this lineage.
@@ -92,7 +92,7 @@ def was_native(folder: Path) -> bool:
 
 
 def is_damaged(folder: Path) -> bool:
-    """Whether this was a native checkpoint and says no more what it is.
+    """Whether this was a native checkpoint, and its manifest is lost or damaged.
 
     Raises:
         UnreadError: storage does not give its manifest.

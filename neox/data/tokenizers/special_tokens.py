@@ -1,4 +1,4 @@
-"""Special tokens that the files beside a tokenizer name, as transformers writes them into the folder of a model."""
+"""Special tokens that are named in files next to a tokenizer, as transformers writes them for a model."""
 
 import json
 from collections.abc import Callable
