@@ -1,4 +1,4 @@
-"""What a download that went wrong leaves in the place of a file."""
+"""What a download that went wrong leaves in place of a file."""
 
 from pathlib import Path
 
@@ -12,17 +12,17 @@ _BEGINNINGS = {
 }
 
 
-def in_its_place(path: Path) -> str:
-    """What lies where a file should be, and how to fetch the file; empty where it is none of the known ones.
+def failed_download(path: Path) -> str:
+    """What a download has left in place of a file, and how to fetch the file; empty if it is none of the known kinds.
 
-    Readers ask when they cannot make sense of a file: such a file has to be fetched, and not repaired.
+    Readers ask when they cannot make sense of a file: such a file has to be fetched, not repaired.
     """
     start = _start(path)
     return next((found for beginning, found in _BEGINNINGS.items() if start.startswith(beginning)), "")
 
 
-def pointer_in_its_place(path: Path) -> str:
-    """The same for files of any text, which may well be a web page."""
+def lfs_pointer(path: Path) -> str:
+    """The same for Git LFS alone: a file of any text may well be a web page."""
     return _BEGINNINGS[POINTER] if _start(path).startswith(POINTER) else ""
 
 

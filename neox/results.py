@@ -8,6 +8,8 @@ import argparse
 import io
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 from neox.errors import OutputError
@@ -49,15 +51,14 @@ def stream() -> TextIO:
     return _Claimed.stream or sys.stdout
 
 
-def replace(by: TextIO) -> TextIO | None:
-    """Have results go to another stream; return what to give back to `restore`."""
+@contextmanager
+def replaced(by: TextIO) -> Iterator[None]:
+    """Have results go to another stream."""
     before, _Claimed.stream = _Claimed.stream, by
-    return before
-
-
-def restore(before: TextIO | None) -> None:
-    """Undo `replace`."""
-    _Claimed.stream = before
+    try:
+        yield
+    finally:
+        _Claimed.stream = before
 
 
 def descriptor() -> int | None:
@@ -72,12 +73,8 @@ def print_result(*values: object, sep: str = " ", end: str = "\n", flush: bool =
         OutputError: it cannot be written.
         BrokenPipeError: whoever read it has gone.
     """
-    try:
+    with _unwritten_named():
         print(*values, sep=sep, end=end, file=stream(), flush=flush)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise _unwritten(error) from error
 
 
 def finish() -> None:
@@ -87,12 +84,8 @@ def finish() -> None:
         OutputError: it cannot be written.
         BrokenPipeError: whoever read it has gone.
     """
-    try:
+    with _unwritten_named():
         stream().flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise _unwritten(error) from error
 
 
 def hand_over() -> None:
@@ -110,13 +103,21 @@ def drop() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
-def _unwritten(error: OSError) -> OutputError:
-    drop()
-    return OutputError(f"standard output: cannot be written ({error.strerror}); results are lost; send it elsewhere")
-
-
-def _descriptor(stream: TextIO) -> int | None:
+@contextmanager
+def _unwritten_named() -> Iterator[None]:
     try:
-        return stream.fileno()
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        drop()
+        raise OutputError(
+            f"standard output: cannot be written ({error.strerror}); results are lost; send it elsewhere"
+        ) from error
+
+
+def _descriptor(of: TextIO) -> int | None:
+    try:
+        return of.fileno()
     except (AttributeError, OSError, ValueError):  # a stand-in, or closed
         return None

@@ -5,7 +5,7 @@ from pathlib import Path
 from neox.checkpoint.huggingface import HuggingFaceReader, is_huggingface
 from neox.checkpoint.huggingface.files import weights_in
 from neox.checkpoint.meta_llama import MetaLlamaReader, is_meta_llama
-from neox.checkpoint.native.manifest import MANIFEST, checkpoint_folder, is_native
+from neox.checkpoint.native.manifest import MANIFEST, checkpoint_folder, is_native, listed
 from neox.checkpoint.native.store import NativeReader
 from neox.checkpoint.upstream.files import is_upstream
 from neox.checkpoint.upstream.reader import NO_HINTS, Hints, UpstreamReader
@@ -82,4 +82,4 @@ def _check_one_format(folder: Path) -> None:
 
 def _contents(folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir())
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") if names else "nothing"
+    return listed(names) if names else "nothing"

@@ -11,8 +11,8 @@ from tokenizers import decoders, pre_tokenizers
 from neox.config import TokenizerConfig
 from neox.data.tokenizers import build_tokenizer
 from neox.data.tokenizers.base import END_OF_DOCUMENT, PADDING
-from neox.data.tokenizers.beside import TOKENIZER_CONFIG, tokens_in
 from neox.data.tokenizers.fast import gpt2_model, hf_tokenizer
+from neox.data.tokenizers.special_tokens import TOKENIZER_CONFIG, tokens_in
 from neox.errors import CheckpointError
 
 FILES = (

@@ -5,7 +5,7 @@ from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
 
-from neox.config.keys import Key, Section, Status, mismatch, number_hint
+from neox.config.keys import Key, Section, Status, exact, mismatch, number_hint
 from neox.config.problems import Problems, did_you_mean
 from neox.config.schema import SECTIONS, Place, fields_with_keys, known_keys, other_keys, places
 
@@ -83,7 +83,7 @@ def drop_empty(values: dict[str, Any], problems: Problems) -> list[str]:
         within = _dig(values, above[0]) if above else values
         if isinstance(within, dict) and within.get(last) == {}:
             del within[last]
-            notices.append(f"{_with_place(path, problems)}: empty, the same as absent")
+            notices.append(f"{problems.named(path)}: empty, the same as absent")
     return sorted(notices)
 
 
@@ -97,11 +97,6 @@ def _mappings() -> set[str]:
 
 def _kinds(place: Place) -> tuple[Any, ...]:
     return get_args(place.info.annotation) or (place.info.annotation,)
-
-
-def _with_place(path: str, problems: Problems) -> str:
-    place = problems.place(path)
-    return f"{place}: {path}" if place else path
 
 
 def check_other_keys(values: dict[str, Any], problems: Problems) -> list[str]:
@@ -137,7 +132,7 @@ def _check_other(key: Key, value: Any, values: dict[str, Any], problems: Problem
     wrong = mismatch(value, key.kind)
     if wrong:
         problems.add(key.name, wrong)
-    where = _with_place(key.name, problems)
+    where = problems.named(key.name)
     if key.status is Status.DEAD:
         return [f"{where} has no effect: it is not used"]
     return [] if inactive else [f"{where} has no effect here: results are the same without it"]
@@ -217,8 +212,7 @@ def _explain(detail: dict[str, Any], place: Place, whole: Any) -> str:
         return "required but not set; add it to a configuration file"
     if kind in _BOUND:
         name, words = _BOUND[kind]
-        bound = context[name]
-        return f"expected {words} {bound if isinstance(bound, int) else format(bound, 'g')}, got {value!r}"
+        return f"expected {words} {exact(context[name])}, got {value!r}"
     if kind == "unmeant":
         return str(context["wrong"])
     if kind == "literal_error":

@@ -5,6 +5,8 @@ from typing import Literal
 from neox.config.keys import Float, Floats, Int, Section, Strings, Text, internal, setting
 
 SPLITS = ("train", "valid", "test")
+OF_FILES = ("GPT2BPETokenizer", "HFTokenizer", "SPMTokenizer")
+"""Kinds of tokenizer whose vocabulary is a file; the others have none, or take a name."""
 
 
 class DataConfig(Section):
@@ -74,8 +76,8 @@ class DataConfig(Section):
     use_shared_fs: bool = setting(True, "Sample maps are built once for all hosts, not once a host.")
     eod_mask_loss: bool = setting(
         False,
-        "Take no loss where the input is the tokenizer's end-of-document token.",
-        rule="By that token wherever it stands: where it ends each turn of a conversation too, no loss follows a turn.",
+        "Mask the loss where the input is the tokenizer's end-of-document token.",
+        rule="Every such token counts: if it ends each turn of a conversation too, the loss is masked after each turn.",
     )
     document_masking: bool = setting(
         False,

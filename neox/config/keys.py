@@ -182,6 +182,11 @@ def storable(value: int) -> int:
     return value
 
 
+def exact(bound: float) -> str:
+    """A bound for a line of text; a whole number with all its digits."""
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
+
+
 Int = Annotated[int, BeforeValidator(whole_number), AfterValidator(storable)]
 Float = Annotated[float, BeforeValidator(number), Field(allow_inf_nan=False)]
 Text = Annotated[str, BeforeValidator(meant_text)]

@@ -29,6 +29,11 @@ class Problems:
             key = key.rpartition(".")[0]
         return ""
 
+    def named(self, key: str) -> str:
+        """`key` after the place where it was set, if there is one: the beginning of a line."""
+        place = self.place(key)
+        return f"{place}: {key}" if place else key
+
     def _place_of_another(self, message: str) -> str:
         """Where the first key was set that a message names; words that are no key for certain do not count."""
         names = (word for word in re.findall(r"[\w.]+", message) if "_" in word)

@@ -1,12 +1,12 @@
 """The generated part of docs/configuration.md: a table of every key, made from the declarations."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from neox.config import json_schema
-from neox.config.keys import Key, Section, Status
+from neox.config.keys import Key, Section, Status, exact
 from neox.config.layouts import markdown as layouts
 from neox.config.schema import SECTIONS, Place, other_keys, places
 from neox.errors import ConfigError
@@ -137,19 +137,14 @@ def _kind(kind: Any) -> str:
 
 
 _PLURALS = {"integer": "integers", "number": "numbers", "text": "texts"}
-_WORDS: dict[str, Callable[[float], str]] = {
-    "gt": lambda bound: f"above {bound:g}",
-    "ge": lambda bound: f"at least {bound:g}",
-    "lt": lambda bound: f"below {bound:g}",
-    "le": lambda bound: f"at most {bound:g}",
-}
+_WORDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 
 
 def _bounds(place: Place) -> str:
     words = [
-        say(getattr(bound, name))
+        f"{word} {exact(getattr(bound, name))}"
         for bound in place.info.metadata
-        for name, say in _WORDS.items()
+        for name, word in _WORDS.items()
         if hasattr(bound, name)
     ]
     return ", " + ", ".join(words) if words else ""

@@ -1,10 +1,9 @@
 """What training needs beyond a configuration that merely loads."""
 
 from neox.config.config import Config
+from neox.config.data import OF_FILES
 from neox.config.engine import deepspeed_dict
 from neox.config.problems import Problems
-
-_NEEDS_VOCABULARY = ("GPT2BPETokenizer", "HFTokenizer", "SPMTokenizer")
 
 
 def check_training(config: Config) -> None:
@@ -24,7 +23,7 @@ def check_training(config: Config) -> None:
     if not (config.batch.train_batch_size or config.batch.train_micro_batch_size_per_gpu or is_elastic):
         problems.add("train_batch_size", "training needs a batch; set it or train_micro_batch_size_per_gpu")
     tokenizer = config.tokenizer
-    if tokenizer.tokenizer_type in _NEEDS_VOCABULARY and tokenizer.vocab_file is None:
+    if tokenizer.tokenizer_type in OF_FILES and tokenizer.vocab_file is None:
         if config.data.eod_mask_loss:
             problems.add("vocab_file", "eod_mask_loss needs it, for the end-of-document token; set it")
         elif config.model.padded_vocab_size is None and config.checkpoint.load is None:

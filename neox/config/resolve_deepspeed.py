@@ -60,10 +60,9 @@ def _with_old_bf16(
     if against:
         problems.add("fp16.type", f"{section['type']!r} contradicts {against}; remove one of them")
         return deepspeed.model_copy(update={"fp16": None})
-    place = problems.place("fp16.type")
-    where = f"{place}: fp16.type" if place else "fp16.type"
     notices.append(
-        f"{where}: runs in bfloat16, as bf16: {{enabled: true}} does; fp16 and its loss scale have no effect"
+        f"{problems.named('fp16.type')}: runs in bfloat16, as bf16: {{enabled: true}} does; fp16 and its loss scale "
+        "have no effect"
     )
     return deepspeed.model_copy(update={"fp16": None, "bf16": {**bf16, "enabled": True}})
 
@@ -128,10 +127,8 @@ def _check_leftovers(
             f"{section['type']!r} contradicts {name}, which is what runs; remove it or change the section",
         )
     for key in (key for key in section if key in LEFTOVERS[name]):
-        place = problems.place(f"{name}.{key}")
-        where = f"{place}: {name}.{key}" if place else f"{name}.{key}"
         why = f"{name}.enabled is what counts" if key in (name, "type") else f"{name} has no loss scale"
-        notices.append(f"{where} has no effect: {why}")
+        notices.append(f"{problems.named(f'{name}.{key}')} has no effect: {why}")
 
 
 def _check_zero_extensions(deepspeed: DeepSpeedConfig, problems: Problems) -> None:

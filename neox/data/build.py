@@ -1,7 +1,7 @@
 """From the configuration to the three datasets of a run."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -200,23 +200,24 @@ def _build_source(
     return dataset
 
 
-def without_documents(config: "Config") -> Iterator[str]:
-    """A line for each evaluation that `split` leaves without a document.
+def without_documents(config: "Config") -> list[str]:
+    """Return a line for each evaluation that `split` leaves without a document.
 
     Raises:
         DataError: training has none, or an evaluation that the configuration asks for by do_valid or do_test.
     """
     prefix = config.data.data_path
     if prefix is None:
-        return  # the lists are all given
-    tokens = open_corpus(config, prefix, warmup=False)
+        return []  # the lists are all given
+    lines, tokens = [], open_corpus(config, prefix, warmup=False)
     for split, documents in zip(SPLITS, split_documents(config.data.split, len(tokens)), strict=True):
         if documents or not _is_wanted(config, split):
             continue
         share = f"{prefix}: split {config.data.split} gives {NAMES[split]} 0 of {len(tokens)} documents"
         if split == "train" or config.given.get(f"do_{split}"):
             raise DataError(f"{share}; give it a larger share, or set do_{split}: false")
-        yield f"{share}, so there is no {NAMES[split]}"
+        lines.append(f"{share}, so there is no {NAMES[split]}")
+    return lines
 
 
 def _sources(config: "Config", split: str) -> Sequence[_Source | CompletionSource]:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from neox.data.completions import LARGEST_REWARD
 from neox.data.documents import Document, document_record, read_documents, require_distinct
 from neox.data.gpt_dataset import IGNORED_LABEL
 from neox.data.indexed_writer import IndexedDatasetWriter, IndexedDatasetWriters
@@ -22,8 +23,6 @@ from neox.errors import DataError
 
 PROMPT_KEY = "prompt"
 """Field of a line with what comes before its conversations: turns, or the text of a question (TRL's formats)."""
-
-LARGEST_REWARD = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class ChatOptions:
         only_last: label the last turn only.
         reward_key: field that holds the reward of the line; None for none.
         binary_reward: store 1 for a reward that is true or above 0, else -1.
-        ftfy: mend broken Unicode first (needs ftfy).
+        ftfy: fix broken Unicode first (needs ftfy).
         num_docs: stop after so many lines; None for all.
         log_interval: lines between updates of the progress bar.
         progress: show the progress bar.
@@ -192,7 +191,7 @@ def _conversation(
     chat = record.get(key)
     if not _is_conversation(chat):
         missing = f"is missing; the line has {', '.join(record) or 'no keys'}"
-        found = "is no conversation" if key in record else missing
+        found = "is not a conversation" if key in record else missing
         raise DataError(f'{document.path}:{document.line}: key \'{key}\' {found}; expected [{{"role", "content"}}...]')
     assert isinstance(chat, list)
     asked = [] if key == PROMPT_KEY else _asked_before(chat, record.get(PROMPT_KEY), generation_role)
@@ -225,7 +224,7 @@ def _reward(document: Document, record: dict[str, Any], options: ChatOptions) ->
     value = record.get(str(options.reward_key))
     if not isinstance(value, bool | int | float) or not abs(value) <= LARGEST_REWARD:
         raise DataError(
-            f"{document.path}:{document.line}: key '{options.reward_key}' is no reward; expected a finite number"
+            f"{document.path}:{document.line}: key '{options.reward_key}' is not a reward; expected a finite number"
         )
     return float(value) if not options.binary_reward else 1.0 if value > 0 else -1.0
 

@@ -20,6 +20,8 @@ from neox.errors import DataError
 if TYPE_CHECKING:
     from neox.config import Config
 
+LARGEST_REWARD = float(np.finfo(np.float32).max)
+
 
 @dataclass(frozen=True)
 class ScoredDocuments:

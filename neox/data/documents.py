@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from neox.data.text_files import COMPRESSED, SurrogateFilter, text_lines, whole_text
-from neox.downloads import pointer_in_its_place
+from neox.downloads import lfs_pointer
 from neox.errors import DataError
 
 SUFFIXES = (".jsonl", ".txt")
@@ -57,7 +57,7 @@ def read_documents(inputs: Sequence[str | Path]) -> Iterator[Document]:
         DataError: a missing file, a kind that is not known, one that is damaged, or text that is not UTF-8.
     """
     for path in _expand(inputs):
-        found = pointer_in_its_place(path)
+        found = lfs_pointer(path)
         if found:  # as text it would be a document
             raise DataError(f"{path}: {found}")
         if file_kind(path) == ".txt":

@@ -53,7 +53,7 @@ class GPTDataset:
     the other two kinds are padded with token 0 and label -100, and hold nothing of the document that follows
     (upstream's hold its first token).
 
-    Where documents are numbered there is {"documents": int64 [S + 1]} besides: the number of each token's document
+    Where documents are numbered a sample also has {"documents": int64 [S + 1]}, the number of each token's document
     within the sample, from 0. It follows from the index alone, never from a token that may end a document. A document
     that the sample cuts is there as a piece, which counts as a document; padding comes after the last.
 

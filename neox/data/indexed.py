@@ -16,7 +16,7 @@ import numpy as np
 
 from neox.data.ids import AllowedIds
 from neox.data.stored import StoredArray, StoredFile
-from neox.downloads import in_its_place
+from neox.downloads import failed_download
 from neox.errors import DataError
 from neox.patience import IMPATIENT, Patience
 
@@ -228,7 +228,7 @@ def _kind(index: StoredFile) -> str:
     if magic.startswith(CACHED_MAGIC):
         return "cached"
     reason = f"not a dataset index (it starts with {magic!r}); make it with preprocess_data.py"
-    raise DataError(f"{index.path}: {in_its_place(index.path) or reason}")
+    raise DataError(f"{index.path}: {failed_download(index.path) or reason}")
 
 
 def _token_dtype(code: int, path: Path) -> np.dtype:
@@ -284,7 +284,7 @@ def _tokens(prefix: str | Path, index: ItemIndex, patience: Patience) -> StoredA
     file = _open(path, prefix, patience)
     tokens = index.first_token(-1) + int(index.sizes[-1]) if len(index.sizes) else 0
     if file.size != tokens * index.dtype.itemsize:
-        found = in_its_place(path) or (
+        found = failed_download(path) or (
             f"{file.size} bytes, but {index_file(prefix).name} lists {tokens} tokens of "
             f"{index.dtype.itemsize} bytes; truncated or of another index, make the pair again"
         )

@@ -18,14 +18,13 @@ from typing import Any
 
 import numpy as np
 
+from neox.data.completions import LARGEST_REWARD
 from neox.data.gpt_dataset import IGNORED_LABEL, PADDING_TOKEN, Sample
 from neox.errors import DataError
 
 CONNECT_SECONDS = 60.0
 ANSWER_SECONDS = 1800.0
 """A server may sample only when it is asked."""
-
-LARGEST_REWARD = float(np.finfo(np.float32).max)
 
 LARGEST_ANSWER = 2**28
 """Bytes; a line that does not end is no reason to fill the memory."""

@@ -37,7 +37,7 @@ class PreprocessOptions:
         tokenizer_type, vocab_file, merge_file: the tokenizer, as in the configuration.
         jsonl_keys: fields of JSON lines to tokenize.
         append_eod: end every document with the end-of-document token, unless the tokenizer does so itself.
-        ftfy: mend broken Unicode first (needs ftfy).
+        ftfy: fix broken Unicode first (needs ftfy).
         num_docs: stop after so many documents; None for all.
         workers: processes that tokenize; 1 means this one (whose tokenizer may use several threads).
         log_interval: documents between updates of the progress bar.
@@ -173,13 +173,13 @@ def _encode_in_worker(batch: list[Document]) -> _Encoded:
 
 
 def _encoder(options: PreprocessOptions, tokenizer: Tokenizer) -> Callable[[list[Document]], _Encoded]:
-    ends_itself = options.append_eod and tokenizer.suffix[-1:] == (tokenizer.eod,)
+    appends = options.append_eod and tokenizer.suffix[-1:] != (tokenizer.eod,)
     return partial(
         _encode,
         tokenizer=tokenizer,
         keys=options.jsonl_keys,
         mend=optional_package("ftfy", needed_by="--ftfy").fix_text if options.ftfy else None,
-        ending=[tokenizer.eod] if options.append_eod and not ends_itself else [],
+        ending=[tokenizer.eod] if appends else [],
     )
 
 

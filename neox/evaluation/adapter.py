@@ -58,8 +58,6 @@ class HarnessModel(TemplateLM):
         replaced: whether a text had lone surrogates, which were replaced by U+FFFD.
     """
 
-    replaced = False
-
     def __init__(
         self,
         model: Decoder,
@@ -75,7 +73,7 @@ class HarnessModel(TemplateLM):
         self.batch_size = batch_size
         self.mesh = mesh
         self.info = info or {}
-        self.cut = 0
+        self.cut, self.replaced = 0, False
         self._rank, self._world_size, self._device = mesh.data_rank, mesh.data_size, mesh.device
 
     # What the harness asks about the model.

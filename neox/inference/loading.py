@@ -9,7 +9,7 @@ from neox.checkpoint.upstream.reader import Hints
 from neox.checkpoint.weights import WeightReader, check_vocabulary, weight_source
 from neox.config import Config
 from neox.data.tokenizers import Tokenizer, build_tokenizer
-from neox.data.tokenizers.beside import end_ids
+from neox.data.tokenizers.special_tokens import end_ids
 from neox.errors import CheckpointError, ConfigError
 from neox.model.build import DTYPES, build_decoder
 from neox.model.layers import Decoder

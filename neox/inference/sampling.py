@@ -34,11 +34,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < math.inf:
-            raise ConfigError(f"temperature: {self.temperature} is no temperature; set 0 or more")
+            raise ConfigError(f"temperature: {self.temperature} is not a temperature; set 0 or more")
         if self.top_k < 0:
-            raise ConfigError(f"top_k: {self.top_k} is no number of tokens; set 0 (off) or more")
+            raise ConfigError(f"top_k: {self.top_k} is not a number of tokens; set 0 (off) or more")
         if not 0.0 <= self.top_p <= 1.0:
-            raise ConfigError(f"top_p: {self.top_p} is no probability; set 0 (off) to 1")
+            raise ConfigError(f"top_p: {self.top_p} is not a probability; set 0 (off) to 1")
 
     @property
     def greedy(self) -> bool:
@@ -84,8 +84,8 @@ def draw_tokens(logits_BV: torch.Tensor, sampling: Sampling, generators: Sequenc
     largest_B1 = logits_BV.amax(dim=-1, keepdim=True)
     if not largest_B1.isfinite().all():
         raise CheckpointError(
-            "the model gives logits that are no finite numbers, so no token is the likeliest; its weights are damaged "
-            "or its precision overflows: try precision=fp32, or inspect_checkpoint.py"
+            "the model's logits are not finite, so no token can be chosen; its weights are damaged or its precision "
+            "overflows: try precision=fp32, or inspect_checkpoint.py"
         )
     if sampling.greedy:
         return logits_BV.argmax(dim=-1)

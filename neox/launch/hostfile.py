@@ -29,11 +29,11 @@ def check_hostfile(config: "Config", environ: Mapping[str, str]) -> None:
     Raises:
         LaunchError: it does not exist, and a run for many hosts would be one of this machine alone.
     """
-    named = {"hostfile": config.launch.hostfile, f"${HOSTFILE_VARIABLE}": environ.get(HOSTFILE_VARIABLE)}
-    name, path = next(((name, path) for name, path in named.items() if path), ("", None))
-    if path is not None and not Path(path).is_file():
-        mend = "set hostfile: null" if name == "hostfile" else f"unset {HOSTFILE_VARIABLE}"
-        raise LaunchError(f"{name}: no such file {path}; correct it, or {mend} to start on this machine alone")
+    name, path, remedy = "hostfile", config.launch.hostfile, "set hostfile: null"
+    if not path:
+        name, path, remedy = f"${HOSTFILE_VARIABLE}", environ.get(HOSTFILE_VARIABLE), f"unset {HOSTFILE_VARIABLE}"
+    if path and not Path(path).is_file():
+        raise LaunchError(f"{name}: no such file {path}; correct it, or {remedy} to start on this machine alone")
 
 
 def read_hostfile(path: Path) -> Pool:

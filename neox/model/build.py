@@ -87,8 +87,8 @@ def in_dtype(name: str, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tens
         dtype: fp16, bf16, fp32 or fp64.
 
     Raises:
-        CheckpointError: they are of a type whose numbers are no weights without more, an 8-bit float say, or `dtype`
-            cannot hold one of them.
+        CheckpointError: they are of a type that means nothing without scales, such as an 8-bit float, or `dtype` cannot
+            hold one of them.
     """
     if weights.dtype == dtype:
         return weights

@@ -39,7 +39,7 @@ def run_script(path: str, *arguments: str) -> None:
         [sys.executable, str(ROOT / path), *arguments], env=environ, stdout=results.descriptor(), check=False
     ).returncode
     if status:
-        raise LaunchError(f"{path} ended with status {status}; mend what it says above, then start again")
+        raise LaunchError(f"{path} ended with status {status}; fix what it reports above, then start again")
 
 
 def show(purpose: str, command: str) -> None:

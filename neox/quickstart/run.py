@@ -132,7 +132,7 @@ def _take_folder(run: Run) -> None:
     """Mark the folder as a quickstart's, in which the files of an earlier one are replaced; nobody else's are."""
     is_own = run.local.is_file() and run.local.read_text(encoding="utf-8").startswith(HEADING)
     if not is_own and run.out.exists() and (not run.out.is_dir() or any(run.out.iterdir())):
-        raise ConfigError(f"--out {run.out}: is there already and was not made by a quickstart; name a new folder")
+        raise ConfigError(f"--out {run.out}: exists already and was not made by a quickstart; name a new folder")
     if not is_own:
         write_whole(run.local, f"{HEADING}{typed(run.config)}\n")
 

@@ -44,7 +44,7 @@ class Metrics:
         self.mesh = mesh = engine.mesh
         self.log = log
         self.peak = config.logging.peak_theoretical_tflops or _device_peak(config, mesh)
-        self.said_nothing_labelled = False
+        self.has_warned_of_empty = False
         self._restart()
 
     def _restart(self) -> None:
@@ -79,7 +79,10 @@ class Metrics:
         self._restart()
 
     def _report(self, step: Step) -> dict[str, float]:
-        counted = self._counted()
+        tokens = torch.stack(self.tokens).tolist()
+        self._warn_of_empty_steps(tokens)
+        # Means are over the steps that updated the weights, or all where none did; with a token to learn.
+        counted = [number for number in self.updated or range(len(tokens)) if tokens[number] > 0]
         figures = {"train/lm_loss": _mean(self.losses, counted)} if counted else {}
         figures["train/learning_rate"] = step.learning_rate
         figures["train/skipped_iterations"] = len(self.losses) - len(self.updated)
@@ -96,20 +99,16 @@ class Metrics:
             figures["train/loss_scale"] = float(self.engine.loss_scale or 0.0)
         return figures | self._speed().metrics()
 
-    def _counted(self) -> list[int]:
-        """The steps that means are over: those that updated the weights, or all where none did; with a token to learn.
-
-        The others say so, once.
-        """
-        tokens = torch.stack(self.tokens).tolist()
-        if not self.said_nothing_labelled and (empty := tokens.count(0.0)):
-            self.said_nothing_labelled = True
+    def _warn_of_empty_steps(self, tokens: list[float]) -> None:
+        """Say once that there are steps without a labelled token."""
+        empty = tokens.count(0.0)
+        if empty and not self.has_warned_of_empty:
+            self.has_warned_of_empty = True
             tell(
                 self.mesh,
-                f"no labelled token in {empty} of the last {len(tokens)} steps: they count in no mean, and teach "
-                "nothing; look at the labels of the training data",
+                f"no labelled token in {empty} of the last {len(tokens)} steps: nothing is learnt from them, and no "
+                "mean counts them; check the labels of the training data",
             )
-        return [step for step in self.updated or range(len(tokens)) if tokens[step] > 0]
 
     def _speed(self) -> Throughput:
         return Throughput(

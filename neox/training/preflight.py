@@ -12,21 +12,22 @@ from neox.checkpoint.huggingface import HuggingFaceReader
 from neox.checkpoint.meta_llama import MetaLlamaReader
 from neox.checkpoint.weights import WeightReader, check_shape, check_vocabulary, missing_tensor
 from neox.config import Config
+from neox.config.data import OF_FILES
 from neox.config.deepspeed import DeepSpeedConfig
 from neox.config.resolve_deepspeed import offload_device
 from neox.data import build_tokenizer
-from neox.data.probe import check_data, data_remarks, has_tokenizer
+from neox.data.preflight import check_data, data_remarks, has_tokenizer
 from neox.errors import ConfigError
 from neox.launch.hosts import has_hostfile
 from neox.launch.restarts import times_restarted
 from neox.model.build import meta_decoder
 from neox.model.head import is_reward_head
 from neox.training.deepspeed_settings import check_settings
-from neox.training.lineage import check_save, lineage_of, resumed_at
 from neox.training.objectives.build import check_objective
 from neox.training.origin import origin_of
 from neox.training.resumption import expected, may_be_restarted
 from neox.training.run import agreed_schedule, cuda_device_count, with_iterations
+from neox.training.save_folder import check_save, lineage_of, resumed_at
 from neox.training.uploads import check_copies, check_store
 from neox.training.vocabulary import settle_vocabulary
 
@@ -64,8 +65,10 @@ def _check_origin(config: Config, *, is_agreed: bool) -> None:
         _check_vocabulary(config, origin.weights)
         check_shapes(config, origin.weights)
     if is_agreed and config.training.do_train:
-        check_save(config, origin)
-        check_copies(config.checkpoint, lineage_of(config, origin), start=resumed_at(config, origin))
+        lineage = lineage_of(config, origin)
+        check_save(config, origin, lineage)
+        if not times_restarted(os.environ):
+            check_copies(config.checkpoint, lineage, start=resumed_at(config, origin))
 
 
 def remarks(config: Config) -> Iterator[str]:
@@ -85,12 +88,12 @@ def remarks(config: Config) -> Iterator[str]:
 def _missing_tokenizer_files(config: Config) -> Iterator[str]:
     """Files that are named and not there, where the size of the vocabulary is known without them."""
     settings = config.tokenizer
-    if settings.tokenizer_type not in ("GPT2BPETokenizer", "HFTokenizer", "SPMTokenizer"):
-        return  # the others have no files, or take names that are none
+    if settings.tokenizer_type not in OF_FILES:
+        return
     for key in ("vocab_file", "merge_file"):
         path = getattr(settings, key)
         if path is not None and not Path(path).exists():
-            yield f"{key} {path}: no such file; training reads none, so nothing is checked against the tokenizer"
+            yield f"{key} {path}: no such file; training does not read it, so nothing is checked against the tokenizer"
 
 
 def _check_device(config: Config) -> None:

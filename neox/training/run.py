@@ -30,7 +30,6 @@ from neox.training.guards.guard import Guards
 from neox.training.guards.left_out import LeftOut
 from neox.training.guards.record import SkipLog
 from neox.training.guards.rewind import Rewinder
-from neox.training.lineage import agree_on_lineage
 from neox.training.loaders import micro_batches
 from neox.training.logs.files import NoteStep
 from neox.training.logs.output import logged_output
@@ -46,6 +45,7 @@ from neox.training.plain import PlainEngine
 from neox.training.record import keep_record
 from neox.training.replicas import comparisons
 from neox.training.resumption import agree_on_origin
+from neox.training.save_folder import agree_on_lineage
 from neox.training.schedule import LRSchedule
 from neox.training.signals import Signals, noted_signals
 from neox.training.stragglers import naming_stragglers
@@ -233,9 +233,9 @@ def idle_remark(config: Config, start: int) -> str:
     """Why a run that stands at iteration `start` trains no step; empty where it trains."""
     end = config.training.train_iters
     if not config.training.do_train:
-        return f"no step is trained: do_train is false; the run stands at iteration {start}"
+        return f"nothing to train: do_train is false; the run is at iteration {start}"
     if end is not None and start >= end:
-        return f"no step is trained: the run stands at iteration {start}, and train_iters is {end}"
+        return f"nothing to train: the run is at iteration {start}, and train_iters is {end}"
     return ""
 
 

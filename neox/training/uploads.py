@@ -55,11 +55,11 @@ def check_copies(settings: CheckpointConfig, lineage: Lineage, start: int | None
     Args:
         settings: where to.
         lineage: the run.
-        start: the iteration that it goes on from; None for a run that begins, of which nothing can be there.
+        start: the iteration that it is resumed from; None for a run that begins, of which nothing can be there.
 
     Raises:
         CheckpointError: it would.
-        ConfigError: the store does not tell.
+        ConfigError: the store cannot be asked.
     """
     if settings.s3_path is None or settings.save is None:
         return

@@ -20,7 +20,7 @@ RUN = Lineage("a-run")
 """That writes them."""
 
 
-def manifest_of(iteration: int) -> Manifest:
+def manifest_of(iteration: int, lineage: Lineage = RUN) -> Manifest:
     return Manifest(
         progress=Progress(iteration=iteration, consumed_samples=8 * iteration),
         layout=Layout(1, 1, 1, 0),
@@ -31,7 +31,8 @@ def manifest_of(iteration: int) -> Manifest:
         config={"num_layers": 2, "schedule": (1, 2.5), "by_number": {7: None}},
         files={},
         tensors={},
-        run=RUN.run,
+        run=lineage.run,
+        lineage=list(lineage.parents),
     )
 
 
@@ -43,12 +44,17 @@ def stored(iteration: int, rank: int = 0, *, numbers: int = 6) -> Iterator[Store
         yield StoredTensor("optimizer", f"{name}/exp_avg", torch.randn(2, numbers, generator=generator))
 
 
-def save(root: Path, iteration: int, *, team: Team = ALONE, numbers: int = 6) -> Path:
+def contents(root: Path) -> dict[str, bytes]:
+    """Every byte of a folder."""
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def save(root: Path, iteration: int, *, lineage: Lineage = RUN, team: Team = ALONE, numbers: int = 6) -> Path:
     return write_checkpoint(
         root,
         iteration=iteration,
         tensors=stored(iteration, team.rank, numbers=numbers),
-        manifest=manifest_of(iteration),
+        manifest=manifest_of(iteration, lineage),
         configs={"a/model.yml": "num_layers: 2\n"},
         team=team,
     )

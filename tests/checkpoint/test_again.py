@@ -181,3 +181,28 @@ def test_old_checkpoints_that_cannot_be_deleted_end_nothing(
     monkeypatch.setattr(Path, "rename", refuse)
     assert prune_checkpoints(tmp_path, 1, RUN) == []
     assert "global_step1: old checkpoints cannot be deleted (Read-only file system)" in caplog.text
+
+
+def test_a_latest_that_is_no_text_ends_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It says neither what may be deleted to make room, nor what a checkpoint takes."""
+    for iteration in (1, 2, 3):
+        save(tmp_path, iteration)
+    (tmp_path / "latest").write_bytes(b"\xff\0")
+    disk = Disk()
+    disk.while_waiting += [lambda: None] * 100
+
+    def full() -> Path:
+        raise UnsavedError("full", is_full=True)
+
+    with pytest.raises(UnsavedError, match="full"):
+        write_patiently(
+            full,
+            tmp_path,
+            team=ALONE,
+            patience=Patience(9.0, sleep=disk.sleep, clock=lambda: disk.now),
+            keep=2,
+            lineage=RUN,
+            tell=disk.lines.append,
+        )
+    assert names(tmp_path) == ["global_step1", "global_step2", "global_step3", "latest"]
+    assert "old checkpoints are not deleted" in caplog.text

@@ -1,15 +1,14 @@
-"""Whose a checkpoint is: what may take its name, what is deleted, and what is kept and named."""
+"""Which run owns a checkpoint: what may take its name, what is deleted, and what is kept and named."""
 
 import json
 import logging
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoint.small_checkpoints import RUN, manifest_of, save, stored
+from checkpoint.small_checkpoints import RUN, contents, manifest_of, save, stored
 from golden_models import GOLDENS
 
 from neox.checkpoint.native.commit import prune_checkpoints
@@ -25,13 +24,6 @@ OTHER = Lineage("another-run")
 CHILD = Lineage("a-child", (RUN.run,))
 
 
-def save_as(lineage: Lineage, root: Path, iteration: int) -> Path:
-    manifest = replace(manifest_of(iteration), run=lineage.run, lineage=list(lineage.parents))
-    return write_checkpoint(
-        root, iteration=iteration, tensors=stored(iteration), manifest=manifest, configs={}, team=Team()
-    )
-
-
 def without_run(folder: Path) -> Path:
     """Make the manifest what it was before runs had names."""
     content: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
@@ -41,16 +33,12 @@ def without_run(folder: Path) -> Path:
     return folder
 
 
-def contents(root: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
-
-
 def names(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir())
 
 
 def test_the_manifest_names_the_run_and_those_before_it(tmp_path: Path) -> None:
-    found = Manifest.read(save_as(CHILD, tmp_path, 1))
+    found = Manifest.read(save(tmp_path, 1, lineage=CHILD))
     assert Lineage.of(found) == CHILD
     assert Lineage.begun().run != Lineage.begun().run
     assert re.fullmatch("[0-9a-f]{32}", Lineage.begun().run)
@@ -76,7 +64,7 @@ def test_what_another_has_written_is_not_replaced(tmp_path: Path, other: str) ->
     elif other == "before runs had names":
         without_run(save(tmp_path, 4))
     else:
-        save_as(OTHER if other == "another run" else Lineage(), tmp_path, 4)
+        save(tmp_path, 4, lineage=OTHER if other == "another run" else Lineage())
     before = contents(tmp_path)
     refused = re.escape(
         f"{tmp_path / 'global_step4'}: was not written by this run, which does not replace it; set save"
@@ -91,7 +79,7 @@ def test_a_checkpoint_of_another_run_that_came_while_this_one_wrote(tmp_path: Pa
     """Two runs in one folder, both begun when it was empty: whoever is first has the name."""
 
     def other_saves(folder: Path) -> None:
-        shutil.copytree(save_as(OTHER, tmp_path / "elsewhere", 4), tmp_path / "run" / "global_step4")
+        shutil.copytree(save(tmp_path / "elsewhere", 4, lineage=OTHER), tmp_path / "run" / "global_step4")
 
     with pytest.raises(CheckpointError, match="global_step4: was not written by this run"):
         write_checkpoint(
@@ -110,10 +98,10 @@ def test_a_checkpoint_of_another_run_that_came_while_this_one_wrote(tmp_path: Pa
 def test_own_checkpoints_and_those_of_the_line_are_replaced(tmp_path: Path) -> None:
     save(tmp_path, 1)
     save(tmp_path, 1)
-    save_as(CHILD, tmp_path, 1)
+    save(tmp_path, 1, lineage=CHILD)
     assert Manifest.read(tmp_path / "global_step1").run == CHILD.run
     (tmp_path / "global_step2").mkdir()
-    assert damages(save_as(CHILD, tmp_path, 2)) == []
+    assert damages(save(tmp_path, 2, lineage=CHILD)) == []
     with pytest.raises(CheckpointError, match="global_step1: was not written by this run"):
         save(tmp_path, 1)  # the parent does not know its child
 
@@ -137,13 +125,13 @@ def test_what_no_longer_says_whose_it_is_is_moved_aside(
 
 def test_pruning_deletes_what_the_run_has_written(tmp_path: Path) -> None:
     shutil.copytree(GOLDENS / "seq" / "global_step4", tmp_path / "global_step4")
-    save_as(OTHER, tmp_path, 5)
-    save_as(Lineage(), tmp_path, 0)
+    save(tmp_path, 5, lineage=OTHER)
+    save(tmp_path, 0, lineage=Lineage())
     without_run(save(tmp_path, 6))
     save(tmp_path, 7)
     (save(tmp_path, 8) / MANIFEST).write_text("{")
     for iteration in (9, 10, 11):
-        save_as(CHILD, tmp_path, iteration)
+        save(tmp_path, iteration, lineage=CHILD)
     assert prune_checkpoints(tmp_path, 2, CHILD) == ["global_step7", "global_step9"]
     assert list(numbered_folders(tmp_path)) == [0, 4, 5, 6, 8, 10, 11]
     assert prune_checkpoints(tmp_path, 1, Lineage()) == []  # what is no run's deletes nothing
@@ -171,7 +159,7 @@ def test_checkpoints_without_a_latest_that_could_be_read(tmp_path: Path, state: 
     expected = {
         "empty": f"{latest}: empty; {tmp_path} has: {two}; write the name of one into latest",
         "a folder": f"{latest}: a folder, not a file; replace it by a file with the name of a checkpoint",
-        "junk": f"{latest}: damaged, it names no folder; write the name of the one to take into it",
+        "junk": f"{latest}: damaged, it names no folder; write the name of a checkpoint into it",
         "another": f"{tmp_path / 'global_step7'}: no such checkpoint; {tmp_path} has: {two}",
     }.get(state, lost)
     for look in (checkpoint_folder, locate_checkpoint, lambda root: checkpoint_to_load(root, None, fallback=False)):

@@ -22,7 +22,7 @@ from neox.data.documents import read_documents
 from neox.data.indexed import IndexedDataset
 from neox.data.indexed_writer import IndexedDatasetWriter
 from neox.data.tokenizers import build_tokenizer
-from neox.data.tokenizers.beside import tokens_in
+from neox.data.tokenizers.special_tokens import tokens_in
 from neox.errors import CheckpointError, DataError
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "4d7a2146" * 8 + "\nsize 4999819336\n"
@@ -50,18 +50,15 @@ def test_in_the_place_of_the_files_of_a_model(tmp_path: Path, kind: str) -> None
     text, message = PAGES[kind]
     folder = tmp_path / "out"
     exported(folder, **GQA)
-    weights = folder / "model.safetensors"
-    whole = weights.read_bytes()
     names = ("config.json", "model.safetensors", "model.safetensors.index.json")
     for name in names:
         kept = (folder / name).read_bytes() if (folder / name).is_file() else None
         (folder / name).write_text(text)
         if name == names[2]:
-            weights.unlink()
+            (folder / "model.safetensors").unlink()
         with pytest.raises(CheckpointError, match=rf"{name}: {message}".replace(".", r"\.")):
             open_checkpoint(folder).tensor("layers.0.word_embeddings.weight")
         (folder / name).unlink() if kept is None else (folder / name).write_bytes(kept)
-    weights.write_bytes(whole)
 
 
 def test_in_the_place_of_metas_and_gpt_neoxs(tmp_path: Path) -> None:
@@ -149,7 +146,7 @@ def test_types_that_cannot_be_read_are_named(tmp_path: Path, kind: str, message:
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
-def test_quantised_weights_in_a_pickle(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_quantised_weights_in_a_pickle(tmp_path: Path, dtype: torch.dtype, capsys: pytest.CaptureFixture[str]) -> None:
     """Without their scales they would be another model."""
     folder = tmp_path / "out"
     exported(folder, **GQA)
@@ -159,3 +156,4 @@ def test_quantised_weights_in_a_pickle(tmp_path: Path, dtype: torch.dtype) -> No
     (folder / "model.safetensors").unlink()
     words = ("--hf_dir", folder, "--output_dir", tmp_path / "native", "--config_file", tmp_path / "m.yml")
     assert run_script("tools/ckpts/convert_hf_to_neox.py", *words) == 2
+    assert f"is of type {str(dtype).removeprefix('torch.')}, as in quantised models" in capsys.readouterr().err

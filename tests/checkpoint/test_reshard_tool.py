@@ -81,7 +81,7 @@ def test_a_configuration_that_is_there_is_not_replaced(tmp_path, capsys):
     words = ["--hf_dir", tmp_path / "hf", "--config_file", given, "--output_dir"]
     assert run_script("tools/ckpts/convert_hf_to_neox.py", *words, tmp_path / "out") == 2
     assert capsys.readouterr().err.endswith(
-        f"{given}: is there already, with other content; name a new file in --config_file\n"
+        f"{given}: exists already, with other content; name a new file in --config_file\n"
     )
     assert given.read_text() == "num_layers: 2\n"
     assert not (tmp_path / "out").exists()

@@ -2,11 +2,10 @@
 
 import json
 import math
-from dataclasses import replace
 
 import pytest
 import torch
-from checkpoint.small_checkpoints import RUN, manifest_of, save, stored
+from checkpoint.small_checkpoints import RUN, save
 from golden_models import GOLDENS, read_run
 from scripts_of import run_script
 from weight_sources import RandomWeights
@@ -15,7 +14,7 @@ from neox.checkpoint.conversion.convert import write_native
 from neox.checkpoint.huggingface import export_huggingface
 from neox.checkpoint.inspection import contents
 from neox.checkpoint.inspection.contents import differences, facts_of
-from neox.checkpoint.native.store import Team, write_checkpoint
+from neox.checkpoint.native.lineage import Lineage
 from neox.checkpoint.open import open_checkpoint
 
 TOOL = "tools/ckpts/inspect_checkpoint.py"
@@ -35,8 +34,7 @@ def folders(tmp_path_factory):
 
 
 def test_the_run_and_those_before_it_are_shown(tmp_path, capsys):
-    manifest = replace(manifest_of(1), run="child", lineage=["first", "second"])
-    folder = write_checkpoint(tmp_path, iteration=1, tensors=stored(1), manifest=manifest, configs={}, team=Team())
+    folder = save(tmp_path, 1, lineage=Lineage("child", ("first", "second")))
     assert run_script(TOOL, folder, "--dry-run") == 0
     assert "run child, resumed_from first second, " in capsys.readouterr().out
     assert run_script(TOOL, save(tmp_path, 2), "--json") == 0

@@ -4,7 +4,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from checkpoint.upstream_folders import loss_of, one_golden, tp2_golden, write_pipeline, write_sequential
+from checkpoint.upstream_folders import (
+    largest_difference,
+    loss_of,
+    one_golden,
+    tp2_golden,
+    write_pipeline,
+    write_sequential,
+)
 from golden_models import GOLDENS, canonical, read_run
 
 from neox.checkpoint.open import open_checkpoint
@@ -17,13 +24,6 @@ from neox.model.build import build_decoder, meta_decoder
 
 LAYOUTS = ("seq", "pipe", "seq_tp2", "pipe_tp2", "pipe_pp2_tied", "zero1_dp2")
 TP2_MODELS = ("pythia_like", "gpt2_default", "rotary_seqres_untied", "alibi", "llama_gqa", "llama_mha")
-
-
-def largest_difference(reader, config, arrays):
-    """Computed in float64, so that the rounding in the file is the only one."""
-    model = build_decoder(config.model, source=weight_source(reader), dtype=torch.float64)
-    logits = model(torch.from_numpy(arrays["tokens"])).detach().numpy()
-    return np.abs(logits - arrays["logits"]).max()
 
 
 def test_weights_after_training_give_upstreams_logits():

@@ -2,29 +2,19 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from checkpoint.upstream_folders import one_golden, tp2_golden, write_pipeline, write_sequential
+from checkpoint.upstream_folders import largest_difference, one_golden, tp2_golden, write_pipeline, write_sequential
 from golden_models import canonical
 
 from neox.checkpoint.open import open_checkpoint
 from neox.checkpoint.upstream.reader import Hints, UpstreamReader
-from neox.checkpoint.weights import weight_source
 from neox.errors import CheckpointError
-from neox.model.build import build_decoder
 
 INTERLEAVED, CONTIGUOUS = Hints(gqa_layout="interleaved"), Hints(gqa_layout="contiguous")
 
 LEGACY = {"linear1": "dense_h_to_4h", "linear2": "dense_4h_to_h"}
 QKV = "sequential.2.attention.query_key_value.weight"
-
-
-def largest_difference(reader, config, arrays):
-    """Computed in float64, so that the rounding in the file is the only one."""
-    model = build_decoder(config.model, source=weight_source(reader), dtype=torch.float64)
-    logits = model(torch.from_numpy(arrays["tokens"])).detach().numpy()
-    return np.abs(logits - arrays["logits"]).max()
 
 
 def renamed(weights, names):

@@ -3,20 +3,17 @@
 import json
 import logging
 
-import numpy as np
 import pytest
 import torch
-from checkpoint.upstream_folders import one_golden, tp2_golden, write_pipeline, write_sequential
+from checkpoint.upstream_folders import largest_difference, one_golden, tp2_golden, write_pipeline, write_sequential
 
 from neox.checkpoint.architecture import model_config_of
 from neox.checkpoint.described import open_described
 from neox.checkpoint.load import read_loaded_model
 from neox.checkpoint.open import open_checkpoint
 from neox.checkpoint.runs import open_run
-from neox.checkpoint.weights import weight_source
 from neox.config import config_from_dict
 from neox.errors import CheckpointError, ConfigError
-from neox.model.build import build_decoder
 
 UNTOLD = (
     "seq_length",
@@ -42,12 +39,8 @@ def as_old_llama(weights):
     return found
 
 
-def largest_difference(folder, arrays, config_files=()):
-    """Computed in float64, so that the rounding in the file is the only one."""
-    weights, config = open_described(folder, config_files)
-    model = build_decoder(config.model, source=weight_source(weights), dtype=torch.float64)
-    logits = model(torch.from_numpy(arrays["tokens"])).detach().numpy()
-    return np.abs(logits - arrays["logits"]).max()
+def difference_of(folder, arrays, config_files=()):
+    return largest_difference(*open_described(folder, config_files), arrays)
 
 
 def loading(folder, **keys):
@@ -76,7 +69,7 @@ def test_configurations_of_any_suffix_are_read(tmp_path, suffix):
     for number, names in enumerate((list(keys)[::2], list(keys)[1::2])):
         path = saved.with_name(f"part{number}").with_suffix(suffix if number else ".yml")
         path.write_text(json.dumps({name.replace("_", "-"): keys[name] for name in names}))
-    assert largest_difference(tmp_path / "global_step1", arrays) <= 2e-6
+    assert difference_of(tmp_path / "global_step1", arrays) <= 2e-6
 
 
 def test_bf16_spelt_as_a_type_of_fp16(tmp_path):
@@ -100,7 +93,7 @@ def test_runs_of_the_llama_mlp_say_so_in_their_own_way(tmp_path, width):
     for key in ("intermediate_size", "use_bias_in_mlp"):
         keys.pop(key, None)
     saved.write_text(json.dumps(keys | {"mlp_type": "llama", "activation": "silu", "norm": "rmsnorm"} | width))
-    assert largest_difference(tmp_path / "global_step1", arrays) <= 2e-6
+    assert difference_of(tmp_path / "global_step1", arrays) <= 2e-6
 
 
 @pytest.mark.parametrize(
@@ -147,7 +140,7 @@ def test_a_configuration_that_leaves_out_a_tensor_is_refused(tmp_path):
     config, arrays, weights = one_golden("gptj_tied")
     write_pipeline(tmp_path / "global_step2", [weights])
     (tmp_path / "shared.yml").write_text(json.dumps(config.to_flat()))
-    assert largest_difference(tmp_path / "global_step2", arrays, [tmp_path / "shared.yml"]) <= 2e-6
+    assert difference_of(tmp_path / "global_step2", arrays, [tmp_path / "shared.yml"]) <= 2e-6
 
 
 @pytest.mark.parametrize(("kinds", "differs"), [(("scale",), False), (("weight", "bias"), True)])

@@ -194,7 +194,7 @@ def test_what_changes_the_tensors_of_a_folder_is_refused(tmp_path: Path) -> None
     folder = tmp_path / "out"
     exported(folder, **GQA)
     (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"adapter_config\.json: an adapter of peft lies beside the model"):
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: the folder also holds an adapter of PEFT"):
         open_checkpoint(folder)
     (folder / "adapter_config.json").unlink()
     content = json.loads((folder / "config.json").read_text())

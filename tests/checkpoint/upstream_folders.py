@@ -2,9 +2,12 @@
 
 import json
 
+import numpy as np
 import torch
 from golden_models import GOLDENS, read_golden
 
+from neox.checkpoint.weights import weight_source
+from neox.model.build import build_decoder
 from neox.model.loss import Targets
 
 
@@ -12,6 +15,13 @@ def loss_of(model, tokens):
     tokens = torch.tensor(tokens)
     labels = tokens[:, 1:]
     return model(tokens[:, :-1], Targets(labels, torch.full(labels.shape, 1 / labels.numel())))
+
+
+def largest_difference(reader, config, arrays):
+    """Of logits, computed in float64, so that the rounding in the file is the only one."""
+    model = build_decoder(config.model, source=weight_source(reader), dtype=torch.float64)
+    logits = model(torch.from_numpy(arrays["tokens"])).detach().numpy()
+    return np.abs(logits - arrays["logits"]).max()
 
 
 def write_sequential(folder, by_rank, config=None, **state):

@@ -53,6 +53,7 @@ def test_the_page_has_a_row_for_every_key() -> None:
     assert "| `min_lr` | number, at least 0 | `0.0` |" in page
     assert '| `launcher` | `pdsh`, `ssh`, `openmpi`, `mpich`, `mvapich`, `slurm` | `"pdsh"` |' in page
     assert "| `num_layers` | integer, above 0" in page
+    assert "| `s3_chunk_size` | integer, at least 5242880, at most 5368709120 |" in page
     for line in page.partition("## Keys")[2].splitlines():
         if line.startswith("| `"):
             assert len(re.split(r"(?<!\\)\|", line)) in (5, 6, 8), line

@@ -96,12 +96,12 @@ def test_pairs_and_rewards(tmp_path: Path, tokenizer: Path, binary: bool, reward
     ("line", "changes", "message"),
     [
         ({"other": 1}, {}, r"in\.jsonl:1: key 'conversation' is missing; the line has other"),
-        ({"conversation": "one"}, {}, r"in\.jsonl:1: key 'conversation' is no conversation"),
-        ({"conversation": []}, {}, "is no conversation"),
-        ({"conversation": [{"role": "user"}]}, {}, "is no conversation"),
-        ({"conversation": CHAT, "r": "good"}, {"reward_key": "r"}, r"in\.jsonl:1: key 'r' is no reward"),
-        ({"conversation": CHAT, "r": float("nan")}, {"reward_key": "r"}, "key 'r' is no reward; expected a finite"),
-        ({"conversation": CHAT, "r": 10**400}, {"reward_key": "r"}, "key 'r' is no reward; expected a finite number"),
+        ({"conversation": "one"}, {}, r"in\.jsonl:1: key 'conversation' is not a conversation"),
+        ({"conversation": []}, {}, "is not a conversation"),
+        ({"conversation": [{"role": "user"}]}, {}, "is not a conversation"),
+        ({"conversation": CHAT, "r": "good"}, {"reward_key": "r"}, r"in\.jsonl:1: key 'r' is not a reward"),
+        ({"conversation": CHAT, "r": float("nan")}, {"reward_key": "r"}, "key 'r' is not a reward; expected a finite"),
+        ({"conversation": CHAT, "r": 10**400}, {"reward_key": "r"}, "key 'r' is not a reward; expected a finite"),
         ({"conversation": CHAT}, {"jsonl_keys": ["conversation"] * 2}, "--jsonl-keys: conversation is named twice"),
     ],
 )

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import tokenizers
 import zstandard
+from byte_tokenizer import byte_tokenizer
 from scripts_of import fork_script
-from tokenizers import models, pre_tokenizers, processors
+from tokenizers import models
 
 from neox.data import IndexedDataset
 from neox.data.documents import input_paths, read_documents
@@ -165,21 +166,8 @@ def test_the_commands_say_how_many_documents_had_lone_surrogates(tmp_path: Path)
     assert tokenizer.decode(rows[2].tolist()) == "some \ufffd text 2"
 
 
-def _ending_tokenizer(path: Path, *, single: str) -> dict:
-    """Bytes, with what is put around a text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.add_special_tokens(["<s>", "</s>", "<sep>"])
-    backend.post_processor = processors.TemplateProcessing(
-        single=single, special_tokens=[("<s>", 256), ("</s>", 257), ("<sep>", 258)]
-    )
-    backend.save(str(path))
-    return {"tokenizer_type": "HFTokenizer", "vocab_file": str(path)}
-
-
 @pytest.mark.parametrize(
-    ("single", "eod", "around"),
+    ("template", "eod", "around"),
     [
         ("$A </s>", False, ([], [257])),
         ("$A </s>", True, ([], [257])),  # once
@@ -191,9 +179,10 @@ def _ending_tokenizer(path: Path, *, single: str) -> dict:
     ],
 )
 def test_a_document_ends_once_whatever_the_tokenizer_puts_around_it(
-    single: str, eod: bool, around: tuple[list[int], list[int]], tmp_path: Path
+    template: str, eod: bool, around: tuple[list[int], list[int]], tmp_path: Path
 ) -> None:
-    changes = _ending_tokenizer(tmp_path / "t.json", single=single)
+    byte_tokenizer(["<s>", "</s>", "<sep>"], template=template).save(str(tmp_path / "t.json"))
+    changes = {"tokenizer_type": "HFTokenizer", "vocab_file": str(tmp_path / "t.json")}
     source = _jsonl(tmp_path / "in.jsonl", [{"text": "abc"}, {"text": ""}])
     summary = _run([source], tmp_path, append_eod=eod, **changes)
     row = IndexedDataset(tmp_path / "out_text_document")[0].tolist()

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import tokenizers
-from tokenizers import models, pre_tokenizers, processors
+from byte_tokenizer import byte_tokenizer
+from tokenizers import models, processors
 
-from neox.data.preprocess import PreprocessOptions, preprocess
 from neox.data.tokenizers import SentencePieceTokenizer, prompt_tokens
 from neox.data.tokenizers.fast import FastTokenizer, hf_tokenizer
 from neox.errors import DataError
@@ -19,16 +19,8 @@ END_OF_TEXT, TURN, TURN_END, BEGINNING = range(256, 260)
 
 def saved(folder: Path, *, special: list[str] = SPECIAL, template: str = "", **beside: Any) -> FastTokenizer:
     """A tokenizer of bytes, with JSON files beside it."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    backend.add_special_tokens(special)
-    if template:
-        ids = {name: backend.token_to_id(name) for name in special if name in template}
-        backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=list(ids.items()))
     folder.mkdir(exist_ok=True)
-    backend.save(str(folder / "tokenizer.json"))
+    byte_tokenizer(special, template=template).save(str(folder / "tokenizer.json"))
     for name, content in beside.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
     return hf_tokenizer(folder / "tokenizer.json")
@@ -73,21 +65,6 @@ def test_a_vocabulary_with_the_end_of_turns_alone_serves(tmp_path: Path) -> None
         _ = alone.eod
     named = saved(tmp_path / "named", special=["<|im_end|>"], tokenizer_config={"eos_token": "<|im_end|>"})
     assert (named.eod, named.ends, named.start) == (256, (256,), 256)
-
-
-def test_without_an_end_documents_are_tokenized_and_not_ended(tmp_path: Path) -> None:
-    saved(tmp_path, special=["<|im_end|>"])
-    (tmp_path / "in.jsonl").write_text('{"text": "ab"}\n')
-    options: dict[str, Any] = {
-        "inputs": [tmp_path / "in.jsonl"],
-        "output_prefix": str(tmp_path / "out"),
-        "tokenizer_type": "HFTokenizer",
-        "vocab_file": str(tmp_path / "tokenizer.json"),
-        "progress": False,
-    }
-    assert preprocess(PreprocessOptions(**options)).tokens == {"text": 2}
-    with pytest.raises(DataError, match=r"has no <\|endoftext\|>"):
-        preprocess(PreprocessOptions(**options, append_eod=True))
 
 
 @pytest.mark.parametrize(("name", "content"), [("generation_config", '{"eos_token_id": "x"}'), ("config", "[]")])

@@ -1,13 +1,12 @@
 """Scores and texts where the tokenizer begins a text with a token of its own, against the harness' model of its own."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
-from tokenizers import models, pre_tokenizers, processors
+from byte_tokenizer import byte_tokenizer
+from evaluation.test_harness import requests
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from neox.checkpoint.huggingface import HuggingFaceReader
@@ -17,23 +16,13 @@ from neox.data.tokenizers.fast import hf_tokenizer
 from neox.evaluation.harness import require_harness
 from neox.model.build import build_decoder
 
-os.environ.update(HF_DATASETS_OFFLINE="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-
-BEGINNING, END, TURN_END = 256, 257, 258
+TURN_END = 258
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]
 
 
 def tokenizer_of(folder: Path, *, adds_beginning: bool, **named: str) -> PreTrainedTokenizerFast:
     """Bytes and three special tokens, saved as transformers saves a tokenizer."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    backend.add_special_tokens(SPECIAL)
-    if adds_beginning:
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{SPECIAL[0]} $A", special_tokens=[(SPECIAL[0], BEGINNING)]
-        )
+    backend = byte_tokenizer(SPECIAL, template=f"{SPECIAL[0]} $A" if adds_beginning else "")
     theirs = PreTrainedTokenizerFast(tokenizer_object=backend, **named)
     theirs.save_pretrained(folder)
     return theirs
@@ -70,12 +59,6 @@ def both(folder: Path, weights: Path, **tokenizer: Any) -> tuple[Any, Any]:
     own_tokenizer = hf_tokenizer(folder / "tokenizer.json")
     hf = HFLM(pretrained=theirs, tokenizer=theirs_tokenizer, device="cpu", batch_size=3)
     return HarnessModel(ours, own_tokenizer, batch_size=3), hf
-
-
-def requests(kind: str, *arguments: tuple[Any, ...]) -> list[Any]:
-    from lm_eval.api.instance import Instance
-
-    return [Instance(request_type=kind, doc={}, arguments=given, idx=i) for i, given in enumerate(arguments)]
 
 
 PAIRS = [

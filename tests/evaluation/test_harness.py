@@ -338,10 +338,10 @@ def test_cut_requests_are_said_once_and_not_on_stdout(tasks: Path, capsys: pytes
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"temperature": -1.0}, "temperature: -1.0 is no temperature"),
+        ({"temperature": -1.0}, "temperature: -1.0 is not a temperature"),
         ({"temperature": "hot"}, "generation_kwargs of a task"),
-        ({"temperature": 1.0, "top_k": -1}, "top_k: -1 is no number of tokens"),
-        ({"temperature": 1.0, "top_p": 7}, "top_p: 7.0 is no probability"),
+        ({"temperature": 1.0, "top_k": -1}, "top_k: -1 is not a number of tokens"),
+        ({"temperature": 1.0, "top_p": 7}, "top_p: 7.0 is not a probability"),
     ],
 )
 def test_sampling_that_means_nothing_is_refused(adapter: Any, asked: dict[str, Any], message: str) -> None:

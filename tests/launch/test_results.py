@@ -78,13 +78,10 @@ class Full(io.StringIO):
 
 
 def test_results_that_are_lost_are_one_line_and_no_success(capsys: pytest.CaptureFixture[str]) -> None:
-    before = results.replace(Full())
-    try:
+    with results.replaced(Full()):
         with pytest.raises(OutputError, match="standard output"):
             print_result("figures")
         assert script_main(lambda arguments: print_result("figures"), []) == 1
-    finally:
-        results.restore(before)
     assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -100,11 +97,7 @@ def test_a_stand_in_is_left_as_it_is(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_help_is_a_result(capsys: pytest.CaptureFixture[str]) -> None:
     elsewhere = io.StringIO()
-    before = results.replace(elsewhere)
-    try:
-        with pytest.raises(SystemExit):
-            HelpParser(prog="tool").parse_args(["--help"])
-    finally:
-        results.restore(before)
+    with results.replaced(elsewhere), pytest.raises(SystemExit):
+        HelpParser(prog="tool").parse_args(["--help"])
     assert elsewhere.getvalue().startswith("usage: tool")
     assert capsys.readouterr() == ("", "")

@@ -103,7 +103,7 @@ def test_the_files_of_others_are_not_replaced(tmp_path: Path) -> None:
     run.out.mkdir()
     (run.out / "train.jsonl").write_text("mine\n")
     for _ in range(2):
-        with pytest.raises(ConfigError, match=r"^--out .*run: is there already and was not made by a quickstart; "):
+        with pytest.raises(ConfigError, match=r"^--out .*run: exists already and was not made by a quickstart; "):
             run_quickstart(run, vocab_size=512, library=library)
     assert [path.name for path in run.out.iterdir()] == ["train.jsonl"]
     assert (run.out / "train.jsonl").read_text() == "mine\n"

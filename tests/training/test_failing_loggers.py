@@ -127,11 +127,7 @@ def test_storage_that_fails_when_a_run_starts_is_tried_again_and_no_mistake(
 
 
 def test_a_run_whose_lines_could_not_be_printed_is_no_failure() -> None:
-    with Path("/dev/full").open("w") as full:
-        before = results.replace(full)
-        try:
-            with MetricLog([LineSink(10, full)]) as metrics:
-                metrics.log(1, {"train/lm_loss": 1.0})
-            results.finish()  # as the script does at its end
-        finally:
-            results.restore(before)
+    with Path("/dev/full").open("w") as full, results.replaced(full):
+        with MetricLog([LineSink(10, full)]) as metrics:
+            metrics.log(1, {"train/lm_loss": 1.0})
+        results.finish()  # as the script does at its end

@@ -17,14 +17,15 @@ def settings(**keys: Any) -> Config:
 
 def test_a_store_is_asked_at_the_first_start_alone(corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is out of reach when a run is started again ends it as little as one that fails at a save."""
-    asked: list[Any] = []
-    monkeypatch.setattr(preflight, "check_store", asked.append)
+    asked: list[str] = []
+    monkeypatch.setattr(preflight, "check_store", lambda *_: asked.append("whether it can be used"))
+    monkeypatch.setattr(preflight, "check_copies", lambda *_, **__: asked.append("what it holds"))
     config = settings(data_path=corpus)
     preflight.prepare(config)
-    assert asked == [config.checkpoint]
+    assert asked == ["whether it can be used", "what it holds"]
     monkeypatch.setenv(RESTARTS, "1")
     preflight.prepare(config)
-    assert asked == [config.checkpoint]
+    assert len(asked) == 2
 
 
 def test_tokenizer_files_that_are_named_and_missing_are_said(tmp_path: Path) -> None:

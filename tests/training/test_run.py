@@ -16,10 +16,10 @@ from neox.training.run import idle_remark
     ("changes", "start", "line"),
     [
         ({"train_iters": 10}, 9, ""),
-        ({"train_iters": 10}, 10, "no step is trained: the run stands at iteration 10, and train_iters is 10"),
-        ({"train_iters": 5}, 10, "no step is trained: the run stands at iteration 10, and train_iters is 5"),
-        ({"train_iters": 0}, 0, "no step is trained: the run stands at iteration 0, and train_iters is 0"),
-        ({"do_train": False}, 3, "no step is trained: do_train is false; the run stands at iteration 3"),
+        ({"train_iters": 10}, 10, "nothing to train: the run is at iteration 10, and train_iters is 10"),
+        ({"train_iters": 5}, 10, "nothing to train: the run is at iteration 10, and train_iters is 5"),
+        ({"train_iters": 0}, 0, "nothing to train: the run is at iteration 0, and train_iters is 0"),
+        ({"do_train": False}, 3, "nothing to train: do_train is false; the run is at iteration 3"),
     ],
 )
 def test_why_no_step_is_trained(changes: dict[str, Any], start: int, line: str) -> None:
@@ -31,4 +31,4 @@ def test_a_script_that_trains_nothing_says_so_and_succeeds(tmp_path: Path) -> No
     (tmp_path / "run.yml").write_text(json.dumps(flat))
     ended = fork_script("train.py", "run.yml", cwd=tmp_path)
     assert ended.returncode == 0
-    assert "no step is trained: the run stands at iteration 0, and train_iters is 0\n" in ended.stderr
+    assert "nothing to train: the run is at iteration 0, and train_iters is 0\n" in ended.stderr

@@ -5,14 +5,13 @@ import re
 import socket
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import boto3
 import pytest
 import torch
-from checkpoint.small_checkpoints import RUN, manifest_of, save, stored
+from checkpoint.small_checkpoints import RUN, save
 from moto.server import ThreadedMotoServer
 from ranks import run_ranks
 from training.layouts import ADAMW, MODEL, TRAINING
@@ -20,7 +19,7 @@ from training.layouts import ADAMW, MODEL, TRAINING
 from neox.checkpoint.native.integrity import damages
 from neox.checkpoint.native.lineage import Lineage
 from neox.checkpoint.native.s3 import S3Folder, upload_checkpoint
-from neox.checkpoint.native.store import NativeReader, Team, write_checkpoint
+from neox.checkpoint.native.store import NativeReader, Team
 from neox.config import config_from_dict
 from neox.errors import CheckpointError, ConfigError
 from neox.pulse import pulses
@@ -167,7 +166,7 @@ def test_the_copies_of_another_run_stay(tmp_path: Path, bucket: str) -> None:
     theirs, ours = Lineage("theirs"), Lineage("ours", ("theirs",))
     uploads = Uploads(settings)
     for iteration in (1, 2):
-        assert uploads.upload(save_as(theirs, tmp_path / "a" / "run", iteration), Team()) is None
+        assert uploads.upload(save(tmp_path / "a" / "run", iteration, lineage=theirs), Team()) is None
     check_copies(settings, theirs, start=2)
     check_copies(settings, theirs, start=1)  # its own, further on
     check_copies(settings, ours, start=1)
@@ -180,18 +179,11 @@ def test_the_copies_of_another_run_stay(tmp_path: Path, bucket: str) -> None:
     before = download(bucket, "copies/run/", tmp_path / "before")
     warning = Uploads(settings).upload(save(tmp_path / "b" / "run", 2), Team())
     assert warning is not None
-    assert "global_step2 not uploaded (run/global_step2 there is another run's, which is not replaced)" in warning
+    assert "global_step2 not uploaded (run/global_step2 there was written by another run and is " in warning
     after = download(bucket, "copies/run/", tmp_path / "after")
     for path in (path for path in before.rglob("*") if path.is_file()):
         assert path.read_bytes() == (after / path.relative_to(before)).read_bytes()
-    assert Uploads(settings).upload(save_as(ours, tmp_path / "c" / "run", 2), Team()) is None
-
-
-def save_as(lineage: Lineage, root: Path, iteration: int) -> Path:
-    manifest = replace(manifest_of(iteration), run=lineage.run, lineage=list(lineage.parents))
-    return write_checkpoint(
-        root, iteration=iteration, tensors=stored(iteration), manifest=manifest, configs={}, team=Team()
-    )
+    assert Uploads(settings).upload(save(tmp_path / "c" / "run", 2, lineage=ours), Team()) is None
 
 
 def checkpoint_settings(address: str) -> Any:

@@ -78,7 +78,7 @@ def settings(**keys: Any) -> Config:
 def test_a_server_that_nobody_asked_for_and_that_hangs(hanging: str, caplog: pytest.LogCaptureFixture) -> None:
     assert wandb_sinks(settings(wandb_host=hanging), rank=0, environ=KEY) == []
     (line,) = [record.getMessage() for record in caplog.records if record.name == services.__name__]
-    assert "training goes on without, as use_wandb is not set" in line
+    assert "training continues without it, as use_wandb is not set" in line
     assert "\n" not in line
 
 

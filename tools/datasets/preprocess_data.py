@@ -39,7 +39,7 @@ def parse_arguments(argv: list[str]) -> "PreprocessOptions":
     add("--vocab-file", help="vocabulary, model or JSON file of the tokenizer")
     add("--merge-file", help="merges, for GPT2BPETokenizer")
     add("--append-eod", action="store_true", help="end every document with the end-of-document token")
-    add("--ftfy", action="store_true", help="mend broken Unicode first")
+    add("--ftfy", action="store_true", help="fix broken Unicode first")
     add("--output-prefix", required=True, help="path without '_<key>_document.bin'")
     add("--dataset-impl", default="mmap", choices=["mmap"], help="format of the index; only mmap is written")
     add("--workers", type=positive, default=1, help="processes that tokenize")
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
     for key, prefix in summary.prefixes.items():
         print_result(f"{prefix}.bin: {summary.documents:,} documents, {summary.tokens[key]:,} tokens")
     if summary.empty:
-        print_result(f"{summary.empty:,} documents without text were passed over")
+        print_result(f"{summary.empty:,} documents without text were skipped")
     if summary.replaced:
         print_result(replaced_line(summary.replaced))
 

@@ -38,7 +38,7 @@ def parse_arguments(argv: list[str]) -> "ChatOptions":
     add("--reward-key", help="field with the reward of a line")
     add("--binary-reward", action="store_true", help="1 for a reward above 0 or true, else -1")
     add("--num-docs", type=positive, help="stop after so many lines")
-    add("--ftfy", action="store_true", help="mend broken Unicode first")
+    add("--ftfy", action="store_true", help="fix broken Unicode first")
     add("--output-prefix", required=True, help="path without '_<key>_document.bin'")
     add("--dataset-impl", default="mmap", choices=["mmap"], help="format of the index; only mmap is written")
     add("--workers", type=positive, default=1, help="accepted; the tokenizer uses threads of its own")

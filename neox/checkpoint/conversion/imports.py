@@ -46,7 +46,7 @@ def import_model(
         keys["precision"] = {"bf16": "bfloat16"}.get(precision, precision)
     text = yaml.safe_dump(keys, sort_keys=False)
     if config_file.exists() and config_file.read_bytes() != text.encode():  # other tools read --config_file
-        raise CheckpointError(f"{config_file}: is there already, with other content; name a new file in --config_file")
+        raise CheckpointError(f"{config_file}: exists already, with other content; name a new file in --config_file")
     if dry_run:
         config = config_from_dict(keys | {"train_micro_batch_size_per_gpu": 1}, world_size=None)
         yield from (f"{size:>16,}  {name}" for name, size in native_files(config.model).items())

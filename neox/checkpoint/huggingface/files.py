@@ -8,7 +8,7 @@ import torch
 
 from neox.checkpoint.storage.tensor_file import TensorFile
 from neox.checkpoint.storage.torch_file import LazyTensor, TorchFile
-from neox.downloads import in_its_place
+from neox.downloads import failed_download
 from neox.errors import CheckpointError
 from neox.files import is_inside
 
@@ -108,7 +108,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); copy it again") from None
     except (ValueError, RecursionError) as error:
-        found = in_its_place(path) or f"not valid JSON ({error}); copy it again"
+        found = failed_download(path) or f"not valid JSON ({error}); copy it again"
         raise CheckpointError(f"{path}: {found}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds no JSON object; copy it again")

@@ -137,12 +137,16 @@ class HuggingFaceReader:
     def _check_copies(self, name: str) -> None:
         """Refuse two tensors for one parameter whose numbers differ: each of them would be another model."""
         for wanted in self.family.locate(name, self.model_config)[0]:
-            first, *others = self._held(wanted) if wanted not in self._compared else ("",)
+            if wanted in self._compared:
+                continue
+            first, *others = self._held(wanted)
             for other in others:
-                files = [self._open(self._locations[spelling]) for spelling in (first, other)]
-                if not _same(*(file.tensor(each) for file, each in zip(files, (first, other), strict=True))):
+                if not _same(self._stored(first), self._stored(other)):
                     raise CheckpointError(self._difference(first, other))
             self._compared.add(wanted)
+
+    def _stored(self, spelling: str) -> torch.Tensor:
+        return self._open(self._locations[spelling]).tensor(spelling)
 
     def _difference(self, first: str, other: str) -> str:
         if other in HEADS and first not in HEADS:
@@ -196,8 +200,9 @@ class HuggingFaceReader:
         for path in dict.fromkeys(listed.values()):
             for name in self._open(path).names():
                 if name in found:
-                    both = f"{name}, and so does {found[name].name}"
-                    raise CheckpointError(f"{path}: holds {both}; copy the folder again")
+                    raise CheckpointError(
+                        f"{path}: holds {name}, and so does {found[name].name}; copy the folder again"
+                    )
                 found[name] = path
         return listed | found
 
@@ -230,7 +235,7 @@ def _check_whole_model(folder: Path, content: Mapping[str, Any]) -> None:
         )
     if (folder / ADAPTER).is_file():
         raise CheckpointError(
-            f"{folder / ADAPTER}: an adapter of peft lies beside the model, and is not read; "
+            f"{folder / ADAPTER}: the folder also holds an adapter of PEFT, which is not read; "
             "merge it into the model (merge_and_unload), or remove it"
         )
 

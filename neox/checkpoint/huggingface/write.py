@@ -79,14 +79,11 @@ class HuggingFaceWriter:
         check_free(out)
         with whole_folder(out) as folder:
             self._write_weights(weights, folder)
-            tokens = dict(tokenizer.token_ids) if tokenizer else {"bos_token_id": None, "eos_token_id": None}
-            content = self.family.config_json(self._config, dtype=DTYPE_NAMES[self._dtype], tokens=tokens)
+            tokens = tokenizer or ExportedTokenizer({}, {"bos_token_id": None, "eos_token_id": None})
+            content = self.family.config_json(self._config, dtype=DTYPE_NAMES[self._dtype], tokens=tokens.token_ids)
             _write_json(folder / "config.json", content)
-            _write_json(
-                folder / "generation_config.json", generation_settings(tokens, tokenizer.ends if tokenizer else ())
-            )
-            texts = dict(tokenizer.files) if tokenizer else {}
-            for name, text in (texts | ({} if card is None else {CARD: card})).items():
+            _write_json(folder / "generation_config.json", generation_settings(tokens.token_ids, tokens.ends))
+            for name, text in (tokens.files | ({} if card is None else {CARD: card})).items():
                 (folder / name).write_text(text, encoding="utf-8")
 
     def _write_weights(self, weights: WeightReader, folder: Path) -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from neox.checkpoint.native.commit import prune_checkpoints
 from neox.checkpoint.native.lineage import Lineage
-from neox.checkpoint.native.manifest import LATEST
+from neox.checkpoint.native.manifest import latest_name
 from neox.checkpoint.native.store import Team
-from neox.errors import UnsavedError
+from neox.errors import CheckpointError, UnsavedError
 from neox.patience import Patience
 
 
@@ -66,11 +66,11 @@ def _space(root: Path) -> str:
     """What is free below `root`, and what the newest checkpoint there takes."""
     try:
         free = f"; {_size(shutil.disk_usage(root).free)} are free"
-        newest = root / (root / LATEST).read_text().strip()
-        taken = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
-    except OSError:
+        newest = latest_name(root)
+        taken = sum(path.stat().st_size for path in (root / newest).rglob("*") if path.is_file()) if newest else 0
+    except (OSError, CheckpointError):
         return ""
-    return f"{free}, {newest.name} takes {_size(taken)}"
+    return f"{free}, {newest} takes {_size(taken)}" if newest else free
 
 
 def _size(count: int) -> str:

@@ -9,8 +9,8 @@ import shutil
 from pathlib import Path
 
 from neox.checkpoint.native.lineage import Lineage
-from neox.checkpoint.native.manifest import LATEST, MANIFEST
-from neox.errors import UnreadError
+from neox.checkpoint.native.manifest import LATEST, MANIFEST, latest_name
+from neox.errors import CheckpointError
 from neox.files import flush, write_whole
 from neox.pulse import pulse
 
@@ -69,14 +69,15 @@ def prune_checkpoints(root: Path, keep: int, lineage: Lineage) -> list[str]:
     """Delete all but the last `keep` checkpoints that a run has written, never the one `latest` names.
 
     What is not of its lineage stays and does not count. By time and not by number: a run that went back to an earlier
-    iteration leaves higher numbers behind. What cannot be deleted stays, with a warning.
+    iteration leaves higher numbers behind. What cannot be deleted stays, with a warning, and so does everything where
+    `latest` is damaged.
 
     Returns:
         Names of those deleted.
     """
     deleted = []
     try:
-        named = (root / LATEST).read_text().strip() if (root / LATEST).is_file() else ""
+        named = latest_name(root)
         own = [path for path in root.glob(f"global_step*/{MANIFEST}") if lineage.owns(path.parent)]
         for path in sorted(own, key=_age)[:-keep]:
             if path.parent.name != named:
@@ -86,7 +87,7 @@ def prune_checkpoints(root: Path, keep: int, lineage: Lineage) -> list[str]:
                 deleted.append(path.parent.name)
     except OSError as error:
         log.warning("%s: old checkpoints cannot be deleted (%s)", error.filename or root, error.strerror)
-    except UnreadError as error:
+    except CheckpointError as error:
         log.warning("%s: old checkpoints are not deleted (%s)", root, error)
     return deleted
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from neox.checkpoint.native.integrity import quick_damages
 from neox.checkpoint.native.lineage import was_native
-from neox.checkpoint.native.manifest import LATEST, checkpoint_folder, latest_name
+from neox.checkpoint.native.manifest import LATEST, checkpoint_folder, latest_name, numbered_folders
 from neox.checkpoint.open import is_checkpoint
 from neox.errors import CheckpointError, UnreadError
 
@@ -85,9 +85,8 @@ def _before(folder: Path) -> list[Path]:
     By number: a run that went back to an earlier iteration leaves higher ones behind, which it has nothing to do with.
     """
     bound = _number(folder)
-    numbered = [(number, path) for path in folder.parent.glob("global_step*") if (number := _number(path)) is not None]
-    smaller = [(number, path) for number, path in numbered if bound is None or number < bound]
-    return [path for _, path in sorted(smaller, reverse=True) if was_native(path)]
+    smaller = [path for number, path in numbered_folders(folder.parent).items() if bound is None or number < bound]
+    return [path for path in reversed(smaller) if was_native(path)]
 
 
 def _number(folder: Path) -> int | None:

@@ -1,8 +1,8 @@
-"""Whose a checkpoint is. A run deletes and replaces what it wrote itself, and nothing else.
+"""Which run owns a checkpoint. A run deletes and replaces what it wrote itself, and nothing else.
 
 A run, all its restarts included, has one name, drawn when it begins and kept in every manifest that it writes. It is
 the same run where it is resumed from the folder that it saves to. Resumed from another folder it is a new run, of the
-same lineage. Who wrote a checkpoint of GPT-NeoX's, an import, or one whose manifest is damaged is not known: they stay.
+same lineage. A checkpoint of GPT-NeoX, an import, and one whose manifest is damaged belong to no known run: they stay.
 """
 
 import logging
@@ -10,7 +10,7 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from neox.checkpoint.native.manifest import LATEST, Manifest, is_native, latest_name, listed, numbered_folders
+from neox.checkpoint.native.manifest import Manifest, is_native, latest_name, listed, numbered_folders
 from neox.errors import CheckpointError, UnreadError
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,12 @@ class Lineage:
         Raises:
             UnreadError: storage does not give its manifest.
         """
-        return bool(self.run) and run_of(folder) in {self.run, *self.parents}
+        manifest = _manifest(folder)
+        return manifest is not None and self.includes(manifest.run)
+
+    def includes(self, run: str) -> bool:
+        """Whether a run is this one or one that it was resumed from; what no run wrote has no name and is none."""
+        return bool(run) and run in (self.run, *self.parents)
 
     def check_place(self, final: Path) -> None:
         """See that a checkpoint may take the name of `final`.
@@ -61,7 +66,7 @@ class Lineage:
             )
 
     def make_way(self, final: Path) -> None:
-        """`check_place`, and move aside what is there and does not say whose it is.
+        """`check_place`, and move a damaged checkpoint that is there aside.
 
         Raises:
             CheckpointError: what is there is not of this lineage.
@@ -74,21 +79,11 @@ class Lineage:
         while kept.exists():
             number, kept = number + 1, final.with_name(f"{KEPT}{final.name}_{number + 1}")
         final.rename(kept)
-        log.warning("%s: damaged, it does not say what run wrote it; kept as %s", final, kept.name)
+        log.warning("%s: damaged, so the run that wrote it is unknown; kept as %s", final, kept.name)
 
 
 def _is_filled(folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
-
-
-def run_of(folder: Path) -> str:
-    """The run that a native checkpoint names; empty where none can be told.
-
-    Raises:
-        UnreadError: storage does not give its manifest.
-    """
-    manifest = _manifest(folder)
-    return "" if manifest is None else manifest.run
 
 
 def was_native(folder: Path) -> bool:
@@ -97,7 +92,7 @@ def was_native(folder: Path) -> bool:
 
 
 def is_damaged(folder: Path) -> bool:
-    """Whether this was a native checkpoint and says no more what it is.
+    """Whether this was a native checkpoint, and its manifest is lost or damaged.
 
     Raises:
         UnreadError: storage does not give its manifest.
@@ -121,14 +116,19 @@ def check_vacant(root: Path) -> None:
     Raises:
         CheckpointError: it does.
     """
-    there = [path.name for path in numbered_folders(root).values()]
-    if there or names_one(root):
-        raise CheckpointError(
-            f"{root}: holds checkpoints already ({listed(there or [latest_name(root) or LATEST])}); name another folder"
-        )
+    there = checkpoints_in(root)
+    if there:
+        raise CheckpointError(f"{root}: holds checkpoints already ({listed(there)}); name another folder")
 
 
-def names_one(root: Path) -> bool:
-    """Whether `latest` names a folder that is there, whatever its name."""
+def checkpoints_in(root: Path) -> list[str]:
+    """Names of the checkpoints in a folder: those with a number, else the one that `latest` names, whatever its name.
+
+    Raises:
+        CheckpointError: see `latest_name`.
+    """
+    numbered = [path.name for path in numbered_folders(root).values()]
+    if numbered:
+        return numbered
     tag = latest_name(root)
-    return bool(tag) and (root / str(tag)).is_dir()
+    return [tag] if tag and (root / tag).is_dir() else []

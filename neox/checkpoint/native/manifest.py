@@ -231,7 +231,7 @@ def latest_name(root: Path) -> str | None:
         what = "a folder, not a file" if latest.is_dir() else f"cannot be read ({error.strerror})"
         raise CheckpointError(f"{latest}: {what}; replace it by a file with the name of a checkpoint") from None
     if not tag.isprintable():
-        raise CheckpointError(f"{latest}: damaged, it names no folder; write the name of the one to take into it")
+        raise CheckpointError(f"{latest}: damaged, it names no folder; write the name of a checkpoint into it")
     return tag
 
 

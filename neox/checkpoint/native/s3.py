@@ -6,7 +6,7 @@ AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, AWS_PROFILE, ~/.aws.
 
 import json
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,22 +86,27 @@ class S3Folder:
         Raises:
             ConfigError: the store does not say.
         """
-        begin = self._key(f"{root}/global_step")
-        found: list[int] = []
+        found: list[str] = []
 
         def look() -> None:
-            pages = self._client.get_paginator("list_objects_v2")
-            for page in pages.paginate(Bucket=self._bucket, Prefix=begin, Delimiter="/"):
-                names = (entry["Prefix"][len(begin) : -1] for entry in page.get("CommonPrefixes", ()))
-                found.extend(int(name) for name in names if name.isdecimal())
-            if start is not None:
-                ahead = [number for number in found if number > start]
-                found[:] = [number for number in ahead if not self.may_replace(f"{root}/global_step{number}", lineage)]
+            for number, place in sorted(self._checkpoints(root)):
+                if start is None or (number > start and not self.may_replace(place, lineage)):
+                    found.append(place)
 
         problem = _problem(look)
         if problem:
-            raise ConfigError(f"s3_path {self.address}: what is there cannot be read ({problem}); allow it")
-        return [f"{root}/global_step{number}" for number in sorted(found)]
+            raise ConfigError(f"s3_path {self.address}: cannot be listed ({problem}); its credentials need that right")
+        return found
+
+    def _checkpoints(self, root: str) -> Iterator[tuple[int, str]]:
+        """Number and place of each checkpoint below `root`. Raises what boto3 raises."""
+        begin = self._key(f"{root}/global_step")
+        pages = self._client.get_paginator("list_objects_v2")
+        for page in pages.paginate(Bucket=self._bucket, Prefix=begin, Delimiter="/"):
+            for entry in page.get("CommonPrefixes", ()):
+                number = entry["Prefix"][len(begin) : -1]
+                if number.isdecimal():
+                    yield int(number), f"{root}/global_step{number}"
 
     def may_replace(self, place: str, lineage: Lineage) -> bool:
         """Whether a run may write a copy to `place`: nothing whole is there, or its own. Raises what boto3 raises."""
@@ -110,7 +115,7 @@ class S3Folder:
             return True
         try:
             content = json.loads(self._client.get_object(Bucket=self._bucket, Key=key)["Body"].read())
-            return content.get("run", content["checksum"]) in {lineage.run, *lineage.parents} - {""}
+            return lineage.includes(content.get("run", content["checksum"]))
         except (ValueError, KeyError, AttributeError, TypeError):
             return False
 
@@ -139,7 +144,7 @@ def upload_checkpoint(folder: Path, target: S3Folder, team: Team) -> str | None:
 
     def check() -> None:
         if not target.may_replace(place, Lineage.of(Manifest.parse(folder))):
-            raise CheckpointError(f"{place} there is another run's, which is not replaced")
+            raise CheckpointError(f"{place} there was written by another run and is not replaced")
 
     hosts = team.gather(socket.gethostname())
     problems = team.gather(_problem(check) if team.rank == 0 else None)

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import torch
 import xxhash
 
-from neox.downloads import in_its_place
+from neox.downloads import failed_download
 from neox.errors import CheckpointError, UnreadError
 from neox.files import WriteBehind
 from neox.patience import Patience, Result, is_mistake, read_again, unreadable
@@ -166,7 +166,7 @@ class TensorFile:
         raise CheckpointError(f"{self.path}: {name} is of type {kind:.20}; {hint}")
 
     def _damaged(self, reason: str) -> CheckpointError:
-        found = in_its_place(self.path)
+        found = failed_download(self.path)
         return CheckpointError(f"{self.path}: {found or f'damaged, {reason}; copy it again'}")
 
 

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 import torch
 
 from neox.checkpoint.storage.unpickle import ForbiddenNameError, RestrictedUnpickler, Unchangeable
-from neox.downloads import in_its_place
+from neox.downloads import failed_download
 from neox.errors import CheckpointError
 
 STORAGE_TYPES = {
@@ -193,7 +193,7 @@ class TorchFile:
             raise
         except Exception as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            found = in_its_place(path) or f"not readable as a torch file ({reason}); copy it again"
+            found = failed_download(path) or f"not readable as a torch file ({reason}); copy it again"
             raise CheckpointError(f"{path}: {found}") from None
 
     def name_of(self, tensor: LazyTensor) -> str:

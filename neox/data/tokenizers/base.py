@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from neox.downloads import in_its_place
+from neox.downloads import failed_download
 from neox.errors import DataError
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -94,7 +94,7 @@ def require_file(path: str | Path | None, *, key: str, tokenizer_type: str) -> P
         raise DataError(f"{key}: {path}: is a folder; give {inside or f'the file in it that {tokenizer_type} reads'}")
     if not Path(path).is_file():
         raise DataError(f"{key}: {path}: no such file; {tokenizer_type} reads its vocabulary there")
-    found = in_its_place(Path(path))
+    found = failed_download(Path(path))
     if found:
         raise DataError(f"{key}: {path}: {found}")
     return Path(path)

@@ -10,7 +10,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from neox.data.tokenizers.base import END_OF_DOCUMENT, MANY_SCRIPTS, PADDING, require_file
-from neox.data.tokenizers.beside import tokens_beside
+from neox.data.tokenizers.special_tokens import tokens_beside
 from neox.errors import DataError
 
 # What else vocabularies call the end of a document, most specific first.

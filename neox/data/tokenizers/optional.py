@@ -70,8 +70,8 @@ class TiktokenTokenizer:
             self._backend = package.get_encoding(name)
         except (OSError, ValueError) as error:  # of the network or of the cache, or a download that was damaged
             raise DataError(
-                f"vocab_file: {name}: its file cannot be downloaded here; set TIKTOKEN_CACHE_DIR to a folder in which "
-                "tiktoken has kept it on a machine with network"
+                f"vocab_file: {name}: its file cannot be downloaded here; set TIKTOKEN_CACHE_DIR to a folder where "
+                "tiktoken has cached it on a machine with a network"
             ) from error
         self.vocab_size: int = self._backend.n_vocab
         self.eod: int = self._backend.eot_token

@@ -6,7 +6,7 @@ from typing import Any
 
 from neox.data.packages import optional_package
 from neox.data.tokenizers.base import END_OF_DOCUMENT, PADDING, require_file
-from neox.data.tokenizers.beside import tokens_beside
+from neox.data.tokenizers.special_tokens import tokens_beside
 from neox.errors import DataError
 
 

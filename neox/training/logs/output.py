@@ -112,13 +112,13 @@ def _replaced_streams(rank: int, output: list[Copy], errors: list[Copy], once: O
     show_errors = OneOfMany(sys.stderr, rank, once) if once is not None else None
     after = CopiedStream(before[0], output, show_output), CopiedStream(before[1], errors, show_errors)
     figures = CopiedStream(results.stream(), output, show_output)
-    claimed = results.replace(figures)  # type: ignore[arg-type]
     sys.stdout, sys.stderr = after  # type: ignore[assignment]
     moved = [(handler, place) for handler in _handlers() for place in (0, 1) if handler.stream is before[place]]
     for handler, place in moved:
         handler.setStream(after[place])  # type: ignore[arg-type]
     try:
-        yield
+        with results.replaced(figures):  # type: ignore[arg-type]
+            yield
     except BaseException as error:
         if isinstance(error, UserError):
             print(error, file=after[1].copy)
@@ -126,7 +126,6 @@ def _replaced_streams(rank: int, output: list[Copy], errors: list[Copy], once: O
             traceback.print_exc(file=after[1].copy)
         raise
     finally:
-        results.restore(claimed)
         sys.stdout, sys.stderr = before
         for handler, place in moved:
             handler.setStream(before[place])

@@ -142,7 +142,7 @@ class LineSink:
         """Nothing to print."""
 
     def close(self) -> None:
-        """Give up what could not be printed: the run is no failure for that, and `metrics.jsonl` has it."""
+        """Give up what could not be printed: that fails no run, and `metrics.jsonl` has it."""
         try:
             self.stream.flush()
         except BrokenPipeError:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SECONDS_TO_ANSWER = 10.0
-"""For a service: to be told from one that is out of reach, and to begin a run that nobody asked for by its key."""
+"""After them a service counts as out of reach, and a run at it that the configuration does not ask for is given up."""
 
 _COMET = "https://www.comet.com/clientlib/"
 
@@ -33,7 +33,7 @@ def wandb_sinks(config: "Config", *, rank: int, environ: Mapping[str, str]) -> "
     """The run at Weights & Biases, if there is to be one.
 
     Raises:
-        ConfigError: it was asked for by `use_wandb`, and is refused.
+        ConfigError: `use_wandb` asks for it, and the server refuses it.
     """
     settings = config.logging
     if not wants_wandb(settings.use_wandb, host=settings.wandb_host, environ=environ):
@@ -43,7 +43,7 @@ def wandb_sinks(config: "Config", *, rank: int, environ: Mapping[str, str]) -> "
     except ConfigError as error:
         if settings.use_wandb:
             raise
-        log.warning("%s; training goes on without, as use_wandb is not set", error)
+        log.warning("%s; training continues without it, as use_wandb is not set", error)
         return []
 
 

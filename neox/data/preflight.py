@@ -12,6 +12,7 @@ from neox.errors import DataError
 
 if TYPE_CHECKING:
     from neox.config import Config
+    from neox.config.data import DataConfig
 
 DOCUMENTS_SEEN, TOKENS_SEEN = 64, 1 << 14
 """How many documents of a corpus are searched for the token that ends one, and how many tokens of each."""
@@ -25,8 +26,7 @@ def check_data(config: "Config") -> None:
     """
     for corpus in _corpora(config):
         corpus.check_ids()
-    for _ in without_documents(config):
-        continue  # they are remarks
+    without_documents(config)
     if config.training.char_level_ppl:
         build_tokenizer(config.tokenizer)
     if config.data.eod_mask_loss:
@@ -37,13 +37,11 @@ def data_remarks(config: "Config") -> Iterator[str]:
     """Lines on evaluations that do not take place, and on documents that are not what a key makes of them."""
     yield from without_documents(config)
     yield from _remarks_on_validation(config)
-    masks = [key for key in ("eod_mask_loss", "document_masking") if getattr(config.data, key)]
-    if masks and has_tokenizer(config):
+    if (config.data.eod_mask_loss or config.data.document_masking) and has_tokenizer(config):
         end = _end_of_document(config)
-        if end is None:
-            return
-        for corpus in _token_corpora(config):
-            yield from _remarks_on_ends(corpus, end, masks)
+        if end is not None:
+            for corpus in _token_corpora(config):
+                yield from _remarks_on_ends(corpus, end, config.data)
 
 
 def has_tokenizer(config: "Config") -> bool:
@@ -108,18 +106,18 @@ def _scored(config: "Config") -> Iterator[CompletionSource]:
             yield from completion_sources(config, split)
 
 
-def _remarks_on_ends(corpus: IndexedDataset, end: int, masks: list[str]) -> Iterator[str]:
+def _remarks_on_ends(corpus: IndexedDataset, end: int, data: "DataConfig") -> Iterator[str]:
     """Lines where the end-of-document token does not stand at the end of each document, and only there."""
     documents = range(min(DOCUMENTS_SEEN, len(corpus)))
     if not documents:
         return
     holds, holds_within = (sum(found) for found in zip(*(_holds(corpus, n, end) for n in documents), strict=True))
     where = f"{corpus.prefix}: of the first {len(documents)} documents"
-    if "eod_mask_loss" in masks and not holds:
-        yield f"{where} none has the end-of-document token {end}, so eod_mask_loss leaves nothing out"
-    if "eod_mask_loss" in masks and holds_within:
-        yield f"{where} {holds_within} have the end-of-document token {end} inside; eod_mask_loss takes no loss there"
-    if "document_masking" in masks and holds_within:
+    if data.eod_mask_loss and not holds:
+        yield f"{where} none has the end-of-document token {end}, so eod_mask_loss masks nothing"
+    if data.eod_mask_loss and holds_within:
+        yield f"{where} {holds_within} have the end-of-document token {end} inside; eod_mask_loss masks the loss there"
+    if data.document_masking and holds_within:
         yield f"{where} {holds_within} have the end-of-document token {end} inside; document_masking does not cut there"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint.small_checkpoints import contents
 from checkpoint.small_checkpoints import save as save_small
 from golden_models import GOLDENS
 from ranks import run_ranks
@@ -18,9 +19,9 @@ from neox.checkpoint.native.integrity import damages
 from neox.checkpoint.native.manifest import Manifest, numbered_folders
 from neox.config import Config, config_from_dict
 from neox.errors import CheckpointError
-from neox.training.lineage import check_save, lineage_of
 from neox.training.origin import origin_of
 from neox.training.preflight import prepare
+from neox.training.save_folder import check_save, lineage_of
 
 
 @pytest.fixture(scope="module")
@@ -57,17 +58,14 @@ def config_of(flat: dict[str, Any], **changes: Any) -> Config:
     return config_from_dict(flat | changes, world_size=2)
 
 
-def contents(root: Path) -> dict[str, bytes]:
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
-
-
 def run_of(root: Path, iteration: int) -> tuple[str, list[str]]:
     manifest = Manifest.read(root / f"global_step{iteration}")
     return manifest.run, manifest.lineage
 
 
 def said(config: Config) -> list[str]:
-    return check_save(config, origin_of(config))
+    origin = origin_of(config)
+    return check_save(config, origin, lineage_of(config, origin))
 
 
 @pytest.mark.parametrize(
@@ -169,12 +167,11 @@ def test_a_folder_of_gpt_neox_that_a_run_saves_to(tmp_path: Path) -> None:
         shutil.copytree(GOLDENS / "seq" / "global_step4", tmp_path / f"global_step{number}")
     (tmp_path / "latest").write_text("global_step4")
     golden = config_from_dict(read_golden() | {"save": str(tmp_path), "load": str(tmp_path)}, world_size=1)
-    origin = origin_of(golden)
     with pytest.raises(CheckpointError, match=r"holds global_step9, .* would replace after iteration 4;"):
-        check_save(golden, origin)
+        said(golden)
     shutil.rmtree(tmp_path / "global_step9")
-    assert check_save(golden, origin) == [f"save {tmp_path}: not written by this run, so they stay: global_step4"]
-    lineage = lineage_of(golden, origin)
+    assert said(golden) == [f"save {tmp_path}: not written by this run, so they stay: global_step4"]
+    lineage = lineage_of(golden, origin_of(golden))
     assert lineage.run
     assert lineage.parents == ()
 

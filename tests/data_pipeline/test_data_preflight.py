@@ -8,7 +8,7 @@ import tokenizers
 from data_pipeline.test_build import make_config
 
 from neox.data import IndexedDatasetWriter
-from neox.data.probe import check_data, data_remarks
+from neox.data.preflight import check_data, data_remarks
 from neox.errors import DataError
 
 CHARACTERS = {"tokenizer_type": "CharLevelTokenizer", "padded_vocab_size": 512}
@@ -76,14 +76,14 @@ def test_the_end_of_document_inside_of_documents_is_told(tmp_path: Path) -> None
     data |= {"do_valid": False, "do_test": False}
     assert remarks(**data) == []
     assert remarks(**data, eod_mask_loss=True) == [
-        f"{where} 1 have the end-of-document token 0 inside; eod_mask_loss takes no loss there"
+        f"{where} 1 have the end-of-document token 0 inside; eod_mask_loss masks the loss there"
     ]
     assert remarks(**data, document_masking=True) == [
         f"{where} 1 have the end-of-document token 0 inside; document_masking does not cut there"
     ]
     without = corpus(tmp_path / "without", [[5, 6], [7]])
     assert remarks(**data | {"data_path": without}, eod_mask_loss=True, document_masking=True) == [
-        f"{without}: of the first 2 documents none has the end-of-document token 0, so eod_mask_loss leaves nothing out"
+        f"{without}: of the first 2 documents none has the end-of-document token 0, so eod_mask_loss masks nothing"
     ]
     plain = corpus(tmp_path / "plain", PLAIN)
     assert remarks(**data | {"data_path": plain}, eod_mask_loss=True, document_masking=True) == []

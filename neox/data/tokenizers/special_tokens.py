@@ -1,4 +1,4 @@
-"""Special tokens that the files beside a tokenizer name, as transformers writes them into the folder of a model."""
+"""Special tokens that are named in files next to a tokenizer, as transformers writes them for a model."""
 
 import json
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from neox.downloads import in_its_place
+from neox.downloads import failed_download
 from neox.errors import DataError
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -80,7 +80,7 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
-        found = in_its_place(path) or f"not valid JSON ({error}); copy it again"
+        found = failed_download(path) or f"not valid JSON ({error}); copy it again"
         raise DataError(f"{path}: {found}") from None
     if not isinstance(content, dict):
         raise DataError(f"{path}: holds no JSON object; copy it again")

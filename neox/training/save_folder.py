@@ -5,8 +5,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from neox.checkpoint.native.lineage import Lineage, is_damaged, names_one
-from neox.checkpoint.native.manifest import latest_name, listed, numbered_folders
+from neox.checkpoint.native.lineage import Lineage, checkpoints_in, is_damaged
+from neox.checkpoint.native.manifest import listed, numbered_folders
 from neox.config import Config
 from neox.errors import CheckpointError, UserError
 from neox.parallel.mesh import Mesh
@@ -47,13 +47,13 @@ def agree_on_lineage(config: Config, mesh: Mesh, origin: Origin | None) -> Linea
     return box[0]
 
 
-def check_save(config: Config, origin: Origin | None, lineage: Lineage | None = None) -> list[str]:
+def check_save(config: Config, origin: Origin | None, lineage: Lineage) -> list[str]:
     """See that a run replaces no checkpoint of another one in `save`.
 
     Args:
         config: of the run.
         origin: what it starts from; None for fresh weights.
-        lineage: the run; None for `lineage_of`.
+        lineage: the run.
 
     Returns:
         Lines on what is there beside its own and stays, and on what of its own it will replace.
@@ -64,13 +64,12 @@ def check_save(config: Config, origin: Origin | None, lineage: Lineage | None = 
     """
     if config.checkpoint.save is None or not config.training.do_train:
         return []
-    root, lineage = Path(config.checkpoint.save), lineage or lineage_of(config, origin)
-    there, loaded = numbered_folders(root), _loaded_in_save(config, origin)
-    start = resumed_at(config, origin)
-    names = [path.name for path in there.values()]
-    if start is None and ({*names} - {loaded} or (loaded is None and names_one(root))):
+    root = Path(config.checkpoint.save)
+    there, loaded, start = numbered_folders(root), _loaded_in_save(config, origin), resumed_at(config, origin)
+    names = checkpoints_in(root)
+    if start is None and {*names} - {loaded}:
         raise CheckpointError(
-            f"save {root}: holds {listed(names or [latest_name(root) or ''])}, which this run does not resume from; "
+            f"save {root}: holds {listed(names)}, which this run does not resume from; "
             "name another folder or move them away, or set auto_resume: true to resume from the newest"
         )
     start = start or 0
