@@ -90,7 +90,11 @@ def test_without_an_end_documents_are_tokenized_and_not_ended(tmp_path: Path) ->
         preprocess(PreprocessOptions(**options, append_eod=True))
 
 
-@pytest.mark.parametrize(("name", "content"), [("generation_config", '{"eos_token_id": "x"}'), ("config", "[]")])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("generation_config", '{"eos_token_id": "x"}'), ("config", "[]"), ("special_tokens_map", "[" * 100_000)],
+    ids=["kind", "list", "deep"],
+)
 def test_a_malformed_file_beside_is_named(tmp_path: Path, name: str, content: str) -> None:
     saved(tmp_path)
     (tmp_path / f"{name}.json").write_text(content)
