@@ -66,7 +66,7 @@ def _space(root: Path) -> str:
     """What is free below `root`, and what the newest checkpoint there takes."""
     try:
         free = f"; {_size(shutil.disk_usage(root).free)} are free"
-        newest = root / (root / LATEST).read_text().strip()
+        newest = root / (root / LATEST).read_text(errors="replace").strip()
         taken = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
     except OSError:
         return ""

@@ -76,7 +76,7 @@ def prune_checkpoints(root: Path, keep: int, lineage: Lineage) -> list[str]:
     """
     deleted = []
     try:
-        named = (root / LATEST).read_text().strip() if (root / LATEST).is_file() else ""
+        named = (root / LATEST).read_text(errors="replace").strip() if (root / LATEST).is_file() else ""
         own = [path for path in root.glob(f"global_step*/{MANIFEST}") if lineage.owns(path.parent)]
         for path in sorted(own, key=_age)[:-keep]:
             if path.parent.name != named:
