@@ -54,7 +54,7 @@ def read_hostfile(path: Path) -> Pool:
         if not text:
             continue
         found = _LINE.fullmatch(text)
-        if found is None or int(found[2]) == 0:
+        if found is None or int(found[2]) == 0 or not text.isprintable():
             raise LaunchError(f"{path}:{number}: {text!r} is not `HOST slots=N`, N from 1 to 9999; correct the line")
         if found[1] in pool:
             raise LaunchError(f"{path}:{number}: {found[1]} is there a second time; give each host one line")

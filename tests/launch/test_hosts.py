@@ -81,12 +81,13 @@ def test_places_of_the_hostfile(hostfile: Path, tmp_path: Path) -> None:
         ("one slots=8\ntwo slots=many\n", ":2:"),
         ("one slots=0\n", ":1:"),
         ("one slots=99999999999\n", ":1: .* N from 1 to 9999"),
+        ("one\0 slots=1\n", ":1:"),
         ("-oProxyCommand=id slots=1\n", ":1:"),
         ("one slots = 2\n", ":1:"),
         ("one slots=1\none slots=2\n", ":2: one is there a second time"),
         ("# nobody\n", "no host in it"),
     ],
-    ids=["no slots", "no number", "zero", "too many", "option", "spaces", "twice", "empty"],
+    ids=["no slots", "no number", "zero", "too many", "null", "option", "spaces", "twice", "empty"],
 )
 def test_bad_hostfile(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "hosts"
