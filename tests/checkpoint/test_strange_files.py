@@ -47,6 +47,14 @@ def forged(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
         (lambda c: c["progress"].update(later=1), "not as this release writes it"),
         (lambda c: c.pop("schedule"), "not as this release writes it .*schedule"),
         (lambda c: c.update(files=[1]), "not as this release writes it"),
+        (lambda c: c.update(config=[1]), r"not as this release writes it \(config is no dict\)"),
+        (lambda c: c.update(environment=[1]), r"not as this release writes it \(environment is no dict\)"),
+        (lambda c: c["progress"].update(iteration="x"), r"not as this release writes it \(a count is no whole number"),
+        (lambda c: c["progress"].update(left_out=[["a"]]), "not as this release writes it"),
+        (lambda c: c["layout"].update(zero_stage=None), r"not as this release writes it \(a count is no whole number"),
+        (lambda c: c["files"].update(dict.fromkeys(c["files"], "x")), "not as this release writes it"),
+        (lambda c: [t.pop("checksum") for t in c["tensors"].values()], "not as this release writes it"),
+        (lambda c: c.update(checksums={}), "has no checksum of configs/"),
     ],
 )
 def test_a_forged_manifest(tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str) -> None:
