@@ -26,6 +26,13 @@ def is_inside(name: str) -> bool:
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
+def absence(path: Path) -> str:
+    """What to say of a path that no regular file is at."""
+    if os.path.isdir(path):
+        return "a folder, not a file; name a file"
+    return "not a regular file; save what it gives to one" if os.path.exists(path) else "no such file; check the path"
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Write a file beside its place; when the block ends it is on the disk and moved there, to what a link means.
@@ -80,8 +87,8 @@ class WriteBehind:
             self._waiting = 0
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text as a `whole_file`, with the folder that it is in.
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a text, as UTF-8, or bytes as a `whole_file`, with the folder that it is in.
 
     Raises:
         UserError: it cannot be written; caused by the OSError.
@@ -89,7 +96,7 @@ def write_whole(path: Path, text: str) -> None:
     with _unwritable_named(path):
         path.resolve().parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 def require_place(path: Path) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from neox.errors import UserError
 from neox.pulse import pulse
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,16 @@ class Patience:
 
 
 IMPATIENT = Patience()
+
+_OF_PATHS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EROFS)
+"""What only the path can be to blame for, and who may use it; a file that is not there may be a defect."""
+
+
+def path_mistake(error: OSError) -> UserError | None:
+    """The mistake of who named a path that cannot be one, or that is not for us; None for any other error."""
+    if error.filename is None or error.errno not in _OF_PATHS:
+        return None
+    return UserError(f"{os.fsdecode(error.filename)}: cannot be used ({error.strerror}); check the path and its rights")
 
 
 def is_mistake(error: OSError) -> bool:

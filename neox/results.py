@@ -33,13 +33,23 @@ class _Claimed:
     stream: TextIO | None = None
 
 
+def open_streams() -> None:
+    """Give a process the standard streams that it was started without (`2>&-`), lest files of ours take their place."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
+
+
 def claim() -> None:
     """Keep standard output for results from now on. A stand-in for it, such as a test's, is left as it is."""
     plain = sys.stdout
     if _Claimed.stream is not None or not isinstance(plain, io.TextIOWrapper) or _descriptor(plain) != 1:
         return
     plain.flush()
-    apart = open(os.dup(1), "w", encoding=plain.encoding, errors=plain.errors)  # noqa: SIM115
+    # What the terminal's encoding has no bytes for, a name that is not UTF-8 say, is spelled out as on standard error.
+    errors = "backslashreplace" if plain.errors == "strict" else plain.errors
+    apart = open(os.dup(1), "w", encoding=plain.encoding, errors=errors)  # noqa: SIM115
     apart.reconfigure(line_buffering=plain.line_buffering or plain.write_through)  # a terminal, or `python -u`
     os.dup2(2, 1)
     plain.reconfigure(line_buffering=True)  # in order with standard error

@@ -21,7 +21,7 @@ from neox.checkpoint.huggingface.llama import LLAMA
 from neox.checkpoint.storage.torch_file import TorchFile
 from neox.checkpoint.upstream.parts import Flat, as_part, is_tensor
 from neox.checkpoint.weight_map import LogicalTensor, weight_map
-from neox.checkpoint.weights import check_shape, missing_tensor
+from neox.checkpoint.weights import check_shape, fields_of, missing_tensor
 from neox.config import config_from_dict
 from neox.errors import CheckpointError, ConfigError
 
@@ -74,7 +74,9 @@ class MetaLlamaReader:
         self._files = self._open()
         self._check_whole()
         try:
-            self._keys = LLAMA.flat_keys(self._as_huggingface(), folder / PARAMS)
+            with fields_of(folder / PARAMS, "Meta"):
+                described = self._as_huggingface()
+            self._keys = LLAMA.flat_keys(described, folder / PARAMS)
             config = config_from_dict(self._keys | {"train_micro_batch_size_per_gpu": 1}, world_size=None)
         except ConfigError as error:
             problems = "; ".join(str(error).splitlines())

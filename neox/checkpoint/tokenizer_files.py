@@ -129,10 +129,17 @@ def _copied(options: TokenizerConfig, *, pad_token_id: int | None) -> ExportedTo
     folder = path if path.is_dir() else path.parent
     if not (folder / "tokenizer.json").is_file():
         raise CheckpointError(f"vocab_file: {folder} has no tokenizer.json; name a folder that transformers saved")
-    files = {name: (folder / name).read_text(encoding="utf-8-sig") for name in FILES if (folder / name).is_file()}
+    ends = hf_tokenizer(folder / "tokenizer.json").ends
+    files = {name: _text(folder / name) for name in FILES if (folder / name).is_file()}
     vocabulary = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
     named = tokens_in(folder, vocabulary.token_to_id)
-    ends = hf_tokenizer(folder / "tokenizer.json").ends
     ids: dict[str, int | None] = {"bos_token_id": named.bos, "eos_token_id": ends[0] if ends else None}
     pad = named.pad if pad_token_id is None else pad_token_id
     return ExportedTokenizer(files, ids | {"pad_token_id": pad}, ends)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise CheckpointError(f"{path}: not UTF-8 text; copy it again, or remove it") from None

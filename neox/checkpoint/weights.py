@@ -1,12 +1,27 @@
 """What every source of weights offers, whatever its format on disk."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from neox.errors import CheckpointError
+
+
+@contextmanager
+def fields_of(path: Path, writer: str) -> Iterator[None]:
+    """Name a file or folder where a field of it is of another kind than its writer makes.
+
+    Raises:
+        CheckpointError: it is; caused by what Python says of it.
+    """
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError, ZeroDivisionError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise CheckpointError(f"{path}: not as {writer} writes it ({reason}); copy it again") from error
 
 
 class WeightReader(Protocol):

@@ -9,9 +9,11 @@ layouts   print the table of legal layouts as markdown
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from neox import results
 from neox.config import (
@@ -27,28 +29,50 @@ from neox.config import (
 )
 from neox.config.layouts import markdown
 from neox.errors import ConfigError, UserError
+from neox.patience import path_mistake
 from neox.results import EXIT_BROKEN_PIPE, HelpParser, print_result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return its exit status: 2 for a user's mistake."""
-    parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
-    # What follows a flag that stands between files.
-    if any(word.startswith("-") for word in rest) or (rest and not hasattr(options, "items")):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    options.items = [*getattr(options, "items", []), *rest]
     try:
+        options = _read(arguments)
         run: Callable[[argparse.Namespace], None] = options.run
         run(options)
         results.finish()
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_status
     except BrokenPipeError:
         results.drop()  # the reader, `head` say, has seen enough
         return EXIT_BROKEN_PIPE
+    except OSError as error:
+        mistake = path_mistake(error)
+        if mistake is None:
+            raise
+        print(mistake, file=sys.stderr)
+        return mistake.exit_status
     return 0
+
+
+class _Parser(HelpParser):
+    """A parser whose complaints are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print."""
+        raise ConfigError(f"{self.prog}: {message}; see {self.prog} --help")
+
+
+def _read(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # What follows a flag that stands between files.
+    if any(word.startswith("-") for word in rest) or (rest and not hasattr(options, "items")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.items = [*getattr(options, "items", []), *rest]
+    return options
 
 
 def _paths(options: argparse.Namespace) -> list[Path]:
@@ -109,7 +133,7 @@ def _docs(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = HelpParser(
+    parser = _Parser(
         prog="python -m neox.config", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
@@ -144,5 +168,6 @@ def _add_files(command: argparse.ArgumentParser, run: Callable[[argparse.Namespa
 
 
 if __name__ == "__main__":
+    results.open_streams()
     results.claim()
     sys.exit(main())

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from neox.config.keys import Float, Int, Key, Section, Strings, Text, setting
+from neox.config.keys import Affix, Float, Int, Key, Section, Strings, Text, setting
 
 
 class GenerationConfig(Section):
@@ -38,7 +38,7 @@ class EvaluationConfig(Section):
     """Which tasks are evaluated."""
 
     eval_tasks: Strings | None = setting(None, "Tasks of lm-evaluation-harness.")
-    eval_results_prefix: str = setting("", "Prefix of the results file.")
+    eval_results_prefix: Affix = setting("", "Prefix of the results file.")
 
 
 OTHER_KEYS: tuple[Key, ...] = ()

@@ -172,7 +172,18 @@ def unmeant(text: str) -> str:
         return f"expected text, got {text!r}"
     if text.startswith("~/"):
         return f"{text!r} begins with ~, which only a shell expands; write the whole path"
+    return _nul(text)
+
+
+def _nul(text: str) -> str:
     return f"{text!r} has a NUL character; remove it" if "\0" in text else ""
+
+
+def without_nul(text: str) -> str:
+    """Refuse text that no path can hold."""
+    if wrong := _nul(text):
+        raise PydanticCustomError("unmeant", "{wrong}", {"wrong": wrong})
+    return text
 
 
 def storable(value: int) -> int:
@@ -191,6 +202,9 @@ Int = Annotated[int, BeforeValidator(whole_number), AfterValidator(storable)]
 Float = Annotated[float, BeforeValidator(number), Field(allow_inf_nan=False)]
 Text = Annotated[str, BeforeValidator(meant_text)]
 """A name or a path."""
+
+Affix = Annotated[str, AfterValidator(without_nul)]
+"""A part of a path, which may be empty."""
 
 Strings = Annotated[tuple[Text, ...], BeforeValidator(as_tuple)]
 Floats = Annotated[tuple[Float, ...], BeforeValidator(as_tuple)]

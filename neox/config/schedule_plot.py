@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from itertools import accumulate
 from pathlib import Path
 
@@ -9,8 +10,10 @@ from neox.config.config import Config
 from neox.config.learning_rate import LearningRate
 from neox.config.ramp import BatchRamp
 from neox.errors import ConfigError
+from neox.files import write_whole
 
 _COLUMNS, _ROWS = 64, 14
+_MOST_STEPS = 10_000_000
 _DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
 """Bits of the braille dots of a character, by column and by row from the top."""
 
@@ -44,6 +47,8 @@ class Plan:
             raise ConfigError("optimizer: none is given, so there is no learning rate; add optimizer: {type: Adam}")
         schedule = LearningRate.from_config(config)
         steps = config.training.train_iters or schedule.horizon
+        if steps > _MOST_STEPS:
+            raise ConfigError(f"train_iters: {steps:,} iterations are too many to draw; give {_MOST_STEPS:,} at most")
         batches = _batches(config, steps)
         return cls(
             schedule=schedule,
@@ -128,6 +133,7 @@ def save_png(config: Config, path: str | Path) -> None:
 
     Raises:
         ConfigError: see Plan.from_config; or matplotlib is not installed.
+        UserError: the file cannot be written.
     """
     plan = Plan.from_config(config)
     try:
@@ -147,4 +153,6 @@ def save_png(config: Config, path: str | Path) -> None:
         axes[1].plot(steps, plan.batches)
         axes[1].set(ylabel="batch size, sequences", ylim=(0, None))
     axes[-1].set_xlabel(f"iteration; {plan.tokens[-1]:,} tokens in all" if plan.tokens else "iteration")
-    figure.savefig(path, format="png", dpi=120)
+    picture = BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_whole(Path(path), picture.getvalue())

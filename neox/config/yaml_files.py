@@ -14,6 +14,7 @@ import yaml
 
 from neox.config.problems import Problems, did_you_mean
 from neox.errors import ConfigError
+from neox.files import absence
 
 SUFFIXES = (".yml", ".yaml", ".json")
 
@@ -92,6 +93,8 @@ def _find(path: Path) -> Path:
         raise ConfigError(f"{path}: is a folder; name a file in it")
     if not path.parent.is_dir():
         raise ConfigError(f"{path}: no such file, and no folder {path.parent}")
+    if path.exists():
+        raise ConfigError(f"{path}: {absence(path)}")
     names = {p.name: p for p in path.parent.iterdir() if p.suffix in SUFFIXES}
     names |= {p.stem: p for p in names.values()}
     near = did_you_mean(path.name, names)
@@ -203,6 +206,8 @@ def _compose(text: str, name: str, *, lines: bool = True) -> yaml.Node | None:
         if len(text) > 50_000 and _is_deep(text):
             raise ConfigError(f"{name}: {_TOO_DEEP}")
         node: yaml.Node | None = yaml.compose(text, Loader=_Loader)
+    except UnicodeEncodeError:  # a command line may hold any bytes
+        raise ConfigError(f"{name}: not UTF-8 text; write it in UTF-8") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{name}:{mark.line + 1}" if mark and lines else name

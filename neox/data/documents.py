@@ -1,6 +1,7 @@
 """Reading documents from text and JSON-lines files, compressed or not."""
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 from neox.data.text_files import COMPRESSED, SurrogateFilter, text_lines, whole_text
 from neox.downloads import lfs_pointer
 from neox.errors import DataError
+from neox.files import absence
 
 SUFFIXES = (".jsonl", ".txt")
 
@@ -33,7 +35,8 @@ class Document(NamedTuple):
 
 def input_paths(words: Sequence[str]) -> list[str]:
     """Return the inputs of a command line: a comma separates two, unless it is in the name of a file."""
-    return [path for word in words for path in ([word] if Path(word).exists() else word.split(",")) if path]
+    # Not Path.exists, which fails where many files make a word too long for a name.
+    return [path for word in words for path in ([word] if os.path.exists(word) else word.split(",")) if path]
 
 
 def require_distinct(keys: Sequence[str]) -> None:
@@ -120,11 +123,14 @@ def _expand(inputs: Sequence[str | Path]) -> list[Path]:
 def _files_of(given: Path) -> list[Path]:
     if given.is_dir():
         found = sorted(path for path in given.iterdir() if _is_input(path))
+        pipes = [path for path in found if path.exists() and not path.is_file()]
+        if pipes:
+            raise DataError(f"{pipes[0]}: {absence(pipes[0])}")
         if not found:
             raise DataError(f"{given}: no .jsonl or .txt files (plain, .gz or .zst) in this folder that are not hidden")
         return found
     if not given.is_file():
-        raise DataError(f"{given}: no such file")
+        raise DataError(f"{given}: {absence(given)}")
     if not file_kind(given):
         raise DataError(f"{given}: unknown kind of file; use .jsonl or .txt, plain, .gz or .zst")
     return [given]

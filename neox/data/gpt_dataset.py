@@ -190,6 +190,9 @@ def _build_maps(
     num_epochs: int,
     labels: IndexedDataset | None,
 ) -> IndexMaps:
+    for corpus in (tokens, labels):
+        if corpus is not None:
+            corpus.check_items()
     items = np.arange(documents.start, documents.stop)
     if packing.pack_impl == "packed":
         return _build_packed(tokens, packing, items, num_samples, num_epochs)

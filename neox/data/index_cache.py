@@ -114,7 +114,7 @@ def _load(stem: str, wanted: Mapping[str, Any], patience: Patience) -> IndexMaps
         if json.loads(_fingerprint_path(stem).read_text()) != wanted:
             return None
         arrays = {field: stored_npy(path, patience) for field, path in _paths(stem).items()}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return IndexMaps(**arrays)
 

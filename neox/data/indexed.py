@@ -159,6 +159,21 @@ class IndexedDataset:
         for start in np.linspace(0, max(0, size - _CHUNK), chunks, dtype=np.int64).tolist():
             self._checked(start, min(start + _CHUNK, size))
 
+    def check_items(self) -> None:
+        """Check that every item lies in the `.bin`; reads all of the index.
+
+        Raises:
+            DataError: one does not.
+        """
+        width = self.dtype.itemsize
+        for start in range(0, len(self), _ROWS_HASHED):
+            sizes = self.sizes[start : start + _ROWS_HASHED].astype(np.int64)
+            firsts = self.index.starts[start : start + _ROWS_HASHED] * self.index.start_bytes // width
+            outside = (sizes < 0) | (firsts < 0) | (firsts + sizes > len(self._tokens))
+            if outside.any():
+                where = f"item {start + int(outside.argmax())} does not lie in {data_file(self.prefix).name}"
+                raise DataError(f"{index_file(self.prefix)}: {where}; damaged, make the pair again")
+
     def _checked(self, start: int, stop: int) -> np.ndarray:
         tokens = self._tokens.rows(start, stop)
         if self.allowed is not None:

@@ -1,6 +1,8 @@
 """Tokenizing text into `.bin/.idx` files, with worker processes, in the order of the input."""
 
+import multiprocessing
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -164,8 +166,17 @@ _worker: dict[str, Callable[[list[Document]], _Encoded]] = {}  # filled in worke
 
 
 def _start_worker(options: PreprocessOptions) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     _worker["encode"] = _encoder(options, build_tokenizer(options))
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is gone, killed say: else it waits for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _encode_in_worker(batch: list[Document]) -> _Encoded:

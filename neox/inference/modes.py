@@ -13,7 +13,7 @@ from neox.config import Config
 from neox.data.documents import Document, document_text, file_kind
 from neox.data.text_files import SurrogateFilter, replaced_line, text_lines
 from neox.errors import DataError
-from neox.files import require_place, write_whole
+from neox.files import absence, require_place, write_whole
 from neox.inference.generate import GenerationSettings
 from neox.inference.loading import load_model
 from neox.inference.precompute import precompute
@@ -74,7 +74,7 @@ def read_prompts(path: Path) -> list[str]:
         DataError: no such file, one that is damaged or not UTF-8, nothing in it, or a line without that field.
     """
     if not path.is_file():
-        raise DataError(f"sample_input_file: {path}: no such file; check the path")
+        raise DataError(f"sample_input_file: {path}: {absence(path)}")
     documents = [Document(str(path), number, line) for number, line in text_lines(path) if line.strip()]
     if not documents:
         raise DataError(f"sample_input_file: {path}: holds no prompt; write one a line")

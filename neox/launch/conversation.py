@@ -70,6 +70,7 @@ def _run(host: str, errand: Errand, road: Road, timeout: float) -> Reply:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            errors="replace",  # banners come in any encoding
             env=os.environ | variables,
             process_group=0,
         )

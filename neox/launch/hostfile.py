@@ -16,6 +16,8 @@ Pool = dict[str, tuple[int, ...]]
 HOSTFILE_VARIABLE = "DLTS_HOSTFILE"
 USUAL_HOSTFILE = "/job/hostfile"
 
+_LINE = re.compile(r"([^-\s]\S*)\s+slots=(\d{1,4})")  # ssh takes a name that begins with a dash for an option
+
 
 def hostfile_path(config: "Config", environ: Mapping[str, str]) -> Path | None:
     """The file of hosts: `hostfile`, else $DLTS_HOSTFILE, else /job/hostfile; None where it does not exist."""
@@ -51,9 +53,9 @@ def read_hostfile(path: Path) -> Pool:
         text = line.partition("#")[0].strip()
         if not text:
             continue
-        found = re.fullmatch(r"(\S+)\s+slots=(\d+)", text)
-        if found is None or int(found[2]) == 0:
-            raise LaunchError(f"{path}:{number}: {text!r} is not `HOST slots=N`")
+        found = _LINE.fullmatch(text)
+        if found is None or int(found[2]) == 0 or not text.isprintable():
+            raise LaunchError(f"{path}:{number}: {text!r} is not `HOST slots=N`, N from 1 to 9999; correct the line")
         if found[1] in pool:
             raise LaunchError(f"{path}:{number}: {found[1]} is there a second time; give each host one line")
         pool[found[1]] = tuple(range(int(found[2])))
@@ -91,7 +93,7 @@ def _named_slots(key: str, text: str, pool: Pool) -> Pool:
         host, _, numbers = part.strip().partition(":")
         if host not in pool:
             raise LaunchError(f"{key}: host {host!r} is not in the hostfile; it has {', '.join(pool)}")
-        if numbers and not re.fullmatch(r"\d+(,\d+)*", numbers):
+        if numbers and not re.fullmatch(r"\d{1,4}(,\d{1,4})*", numbers):
             raise LaunchError(f"{key}: {part!r} is not HOST:SLOT,SLOT; write n1:0,1@n2 say")
         slots = {int(number) for number in numbers.split(",")} if numbers else set(pool[host])
         if missing := slots - set(pool[host]):

@@ -1,6 +1,7 @@
 """Several hosts from one command: `python train.py` with a hostfile, or inside a Slurm allocation."""
 
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from neox.config import Config
 
 _CARRIED = ("NCCL_", "GLOO_", "UCX_", "MV2_", "PYTHON", "TORCH_", "HF_", "WANDB_", "MLFLOW")
+_LIST_VARIABLE = "DS_ENV_FILE"
 _CARRIED_NAMES = ("OMP_NUM_THREADS", "DS_ACCELERATOR", "LD_LIBRARY_PATH")
 
 
@@ -169,16 +171,37 @@ def _srun(config: "Config", pool: Pool, environ: Mapping[str, str]) -> list[str]
 def carried_variables(environ: Mapping[str, str]) -> dict[str, str]:
     """Variables that other hosts need: those of NCCL, Python and the like, and the lines of `.deepspeed_env`.
 
-    The file is looked for in the home folder, then here, or where DS_ENV_FILE says; later ones win.
+    The file, or the one that DS_ENV_FILE names, is looked for in the home folder and then here; later ones win.
+
+    Raises:
+        LaunchError: the one that DS_ENV_FILE names is missing, or a file is no list of variables.
     """
     found = {name: value for name, value in environ.items() if name.startswith(_CARRIED) or name in _CARRIED_NAMES}
-    places = [Path.home() / ".deepspeed_env", Path(".deepspeed_env")]
-    if environ.get("DS_ENV_FILE"):
-        places = [Path(environ["DS_ENV_FILE"])]
-    for path in places:
-        if path.is_file():
-            for line in path.read_text(encoding="utf-8-sig").splitlines():
-                name, equals, value = line.strip().partition("=")
-                if equals and not name.startswith("#"):
-                    found[name] = " ".join(shlex.split(value))
+    named = environ.get(_LIST_VARIABLE)
+    paths = [path for folder in (Path.home(), Path()) if (path := folder / (named or ".deepspeed_env")).is_file()]
+    if named and not paths:
+        raise LaunchError(f"{_LIST_VARIABLE}: no such file {named}; correct it, or unset {_LIST_VARIABLE}")
+    for path in paths:
+        found |= _variables_in(path)
+    return found
+
+
+def _variables_in(path: Path) -> dict[str, str]:
+    """The lines `NAME=value` of a file, the value in quotes or not; `#` begins a remark."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise LaunchError(f"{path}: cannot be read as a list of variables ({error}); write lines NAME=value") from None
+    found: dict[str, str] = {}
+    for number, text in enumerate(map(str.strip, lines), start=1):
+        if not text or text.startswith("#"):
+            continue
+        name, equals, value = text.partition("=")
+        try:
+            words = shlex.split(value)
+        except ValueError as error:
+            raise LaunchError(f"{path}:{number}: {name}: {str(error).lower()}; close the quotes") from None
+        if not (equals and re.fullmatch(r"[A-Za-z_]\w*", name)) or "\0" in value:
+            raise LaunchError(f"{path}:{number}: {text!r} is not NAME=value; correct the line or leave it out")
+        found[name] = " ".join(words)
     return found

@@ -13,8 +13,10 @@ from neox import results
 from neox.errors import UserError
 from neox.launch.endings import EXIT_INTERRUPTED
 from neox.launch.environment import strip_local_rank
+from neox.launch.meeting import is_rank
 from neox.launch.reporting import report_user_error
 from neox.launch.worker import die_with_parent
+from neox.patience import path_mistake
 from neox.results import EXIT_BROKEN_PIPE
 
 EXIT_USER_ERROR = 2
@@ -29,10 +31,11 @@ def script_main(function: Callable[[list[str]], int | None], argv: Sequence[str]
             results too; a caller who passes arguments has uses of its own for it.
 
     Returns:
-        2 after a UserError, 1 after one of storage that failed; its text goes to stderr once per group of workers. 130
-        after Ctrl-C. Any other exception is a defect and keeps its traceback.
+        2 after a UserError, 1 after one of storage that failed; its text goes to stderr once per group of workers. 2
+        too after a path that cannot be used, before this process is a rank. 130 after Ctrl-C. Any other exception is a
+        defect and keeps its traceback.
     """
-    _open_streams()
+    results.open_streams()
     _keep_statuses()
     if argv is None:
         results.claim()
@@ -51,14 +54,12 @@ def script_main(function: Callable[[list[str]], int | None], argv: Sequence[str]
     except BrokenPipeError:
         results.drop()  # the reader, `head` say, has seen enough
         return EXIT_BROKEN_PIPE
-
-
-def _open_streams() -> None:
-    """Give a process the standard streams that it was started without (`2>&-`), lest files of ours take their place."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        if getattr(sys, name) is None:
-            os.dup2(os.open(os.devnull, os.O_RDWR), number)
-            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
+    except OSError as error:
+        mistake = None if is_rank() else path_mistake(error)
+        if mistake is None:
+            raise
+        report_user_error(mistake)
+        return mistake.exit_status
 
 
 def _keep_statuses() -> None:

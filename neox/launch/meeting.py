@@ -16,6 +16,17 @@ _SECONDS_FOR_NAMES = 600.0
 _POLL_SECONDS = 2.0
 
 
+class _Self:
+    """What this process has become."""
+
+    is_rank = False
+
+
+def is_rank() -> bool:
+    """Whether this process has become a rank (`enter`): what it meets from then on may not be a user's mistake."""
+    return _Self.is_rank
+
+
 def enter(placement: Placement, environ: MutableMapping[str, str] | None = None) -> None:
     """Become a rank: check that its meeting place can be one, and set the variables that torch reads.
 
@@ -30,6 +41,7 @@ def enter(placement: Placement, environ: MutableMapping[str, str] | None = None)
         if placement.rank == 0 and not served:
             check_port(placement.master_port)
     export(placement, environ)
+    _Self.is_rank = True
 
 
 def check_address(host: str, *, patience: float = 0.0) -> None:

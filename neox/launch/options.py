@@ -129,10 +129,10 @@ def usable_nodes(options: argparse.Namespace, config: "Config", tasks: int) -> l
 
 def _nodes(text: str) -> tuple[int, int]:
     """The least and the most hosts of `N` or `MIN-MAX`."""
-    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    found = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", text)
     least, most = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
     if not 1 <= least <= most:
-        raise LaunchError(f"--nodes {text}: give a number of hosts, at least 1, or MIN-MAX")
+        raise LaunchError(f"--nodes {text}: give a number of hosts, from 1 to 9999, or MIN-MAX")
     return least, most
 
 

@@ -215,7 +215,9 @@ def submit(path: Path) -> str:
         LaunchError: there is no Slurm here, or it refuses the job.
     """
     try:
-        done = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["sbatch", "--parsable", str(path)], capture_output=True, text=True, errors="replace", check=False
+        )
     except FileNotFoundError:
         raise LaunchError(f"sbatch is not installed here: submit {path} where it is") from None
     if done.returncode:

@@ -47,7 +47,9 @@ def silent_hosts(hosts: Iterable[str]) -> dict[str, str]:
 def _ask(host: str) -> str:
     """The reason why a host does not answer; empty if it does."""
     try:
-        done = subprocess.run([*SSH, host, "true"], capture_output=True, text=True, timeout=30, check=False)
+        done = subprocess.run(
+            [*SSH, host, "true"], capture_output=True, text=True, errors="replace", timeout=30, check=False
+        )
     except FileNotFoundError:
         return "ssh is not installed here"
     except subprocess.TimeoutExpired:

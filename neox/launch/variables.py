@@ -22,7 +22,7 @@ def integer(environ: Mapping[str, str], name: str) -> int:
         raise LaunchError(
             f"{name} is not set, though the launcher's other variables are: use one launcher for all ranks"
         )
-    if not re.fullmatch(r"\d+", text):
+    if not re.fullmatch(r"\d{1,18}", text):
         raise LaunchError(f"{name}={text!r} is not a whole number: correct it, or unset it to run without a launcher")
     return int(text)
 

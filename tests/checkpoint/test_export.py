@@ -22,7 +22,7 @@ from neox.checkpoint.open import open_checkpoint
 from neox.checkpoint.tokenizer_files import export_tokenizer, special_tokens
 from neox.config import TokenizerConfig, config_from_dict
 from neox.data.tokenizers.fast import hf_tokenizer
-from neox.errors import CheckpointError
+from neox.errors import CheckpointError, UserError
 from neox.inference.loading import load_model
 from neox.model.build import SINGLE
 
@@ -229,6 +229,19 @@ def test_tools_ask_for_what_a_checkpoint_does_not_say(tmp_path, capsys):
     flags[3] = tmp_path / "other"
     assert run_script("tools/ckpts/convert_neox_to_hf.py", *flags, "--config_file", tmp_path / "model.yml") == 2
     assert "--no_save_tokenizer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("tokenizer.json", b'{"model": '), ("chat_template.jinja", b"caf\xe9"), ("added_tokens.json", b"\xff")],
+    ids=["cut", "template", "added"],
+)
+def test_a_damaged_tokenizer_that_is_to_be_copied_is_named(tmp_path, name, content):
+    options = llama_tokenizer(tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=name):
+        export_tokenizer(options, model_max_length=24)
 
 
 def test_every_token_that_ends_a_text_is_exported(tmp_path):

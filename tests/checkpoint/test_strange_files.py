@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from checkpoint.exports import exported
 from checkpoint.small_checkpoints import save
 from model_families import GQA
 from scripts_of import run_script
 
+from neox.checkpoint.huggingface import HuggingFaceReader
 from neox.checkpoint.native.fallback import checkpoint_to_load
 from neox.checkpoint.native.manifest import Manifest, _checksum
 from neox.checkpoint.storage.tensor_file import TensorFile
+from neox.checkpoint.upstream.files import UpstreamFiles
 from neox.errors import CheckpointError, UserError
 from neox.files import write_whole
 
@@ -44,6 +47,14 @@ def forged(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
         (lambda c: c["progress"].update(later=1), "not as this release writes it"),
         (lambda c: c.pop("schedule"), "not as this release writes it .*schedule"),
         (lambda c: c.update(files=[1]), "not as this release writes it"),
+        (lambda c: c.update(config=[1]), r"not as this release writes it \(config is no dict\)"),
+        (lambda c: c.update(environment=[1]), r"not as this release writes it \(environment is no dict\)"),
+        (lambda c: c["progress"].update(iteration="x"), r"not as this release writes it \(a count is no whole number"),
+        (lambda c: c["progress"].update(left_out=[["a"]]), "not as this release writes it"),
+        (lambda c: c["layout"].update(zero_stage=None), r"not as this release writes it \(a count is no whole number"),
+        (lambda c: c["files"].update(dict.fromkeys(c["files"], "x")), "not as this release writes it"),
+        (lambda c: [t.pop("checksum") for t in c["tensors"].values()], "not as this release writes it"),
+        (lambda c: c.update(checksums={}), "has no checksum of configs/"),
     ],
 )
 def test_a_forged_manifest(tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str) -> None:
@@ -141,3 +152,28 @@ def test_a_device_is_not_replaced(tmp_path: Path) -> None:
     assert link.is_symlink()
     assert text.read_text() == "after"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe", "text"]
+
+
+@pytest.mark.parametrize(
+    "state",
+    [{"module": ["x"]}, {"module": {3: torch.zeros(1)}}, {"args": {"model_parallel_size": "x"}}],
+    ids=["list", "name", "text"],
+)
+def test_a_field_of_another_kind_in_a_file_of_gpt_neox(tmp_path: Path, state: dict[str, Any]) -> None:
+    whole = {"module": {"sequential.0.word_embeddings.weight": torch.zeros(8, 4)}}
+    torch.save(whole | state, tmp_path / "mp_rank_00_model_states.pt")
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: not as GPT-NeoX writes it") as error:
+        UpstreamFiles(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [({"model_type": ["llama"]}, "model_type is"), ({"intermediate_size": "x"}, "not as its release writes it")],
+    ids=["type", "width"],
+)
+def test_a_field_of_another_kind_in_a_config_json(tmp_path: Path, field: dict[str, Any], message: str) -> None:
+    content = {"model_type": "llama", "vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(content | {"num_attention_heads": 2} | field))
+    with pytest.raises(CheckpointError, match=message):
+        HuggingFaceReader(tmp_path)

@@ -280,3 +280,33 @@ def test_names_of_layers_are_those_of_the_pipeline() -> None:
 
 def test_evaluation_alone_has_a_schedule() -> None:
     assert config_from_dict(sample(train_iters=0)).schedule.lr_decay_iters == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["nonsense"], "python -m neox.config: argument command: "),
+        (["check", "a.yml", "-train_iters=5"], "python -m neox.config: unrecognized arguments: -train_iters=5; see "),
+        (["check", "a.yml", "--world-size", "x"], "python -m neox.config check: argument --world-size: "),
+        (["check", "x" * 300], f"{'x' * 300}: cannot be used ("),
+        (["check", "/dev/null"], "/dev/null: not a regular file; save what it gives to one"),
+    ],
+    ids=["command", "flag", "number", "long name", "device"],
+)
+def test_a_command_line_that_is_wrong_is_one_line(
+    words: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith(line)
+    assert said.err.count("\n") == 1
+
+
+def test_an_interrupted_command_is_quiet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("neox.config.__main__.resolve_config_paths", interrupted)
+    assert main(["check", "a.yml"]) == 130
+    assert capsys.readouterr() == ("", "")

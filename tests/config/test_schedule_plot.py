@@ -10,7 +10,7 @@ from neox.config import config_from_dict
 from neox.config.__main__ import main
 from neox.config.learning_rate import LearningRate
 from neox.config.schedule_plot import Plan, draw, save_png
-from neox.errors import ConfigError
+from neox.errors import ConfigError, UserError
 
 RUN: dict[str, Any] = {
     "num_layers": 2,
@@ -82,6 +82,10 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     endless = {key: value for key, value in RUN.items() if key != "train_iters"}
     with pytest.raises(ConfigError, match="set train_iters or lr_decay_iters"):
         draw(config_from_dict(endless, world_size=1))
+    with pytest.raises(ConfigError, match="1,000,000,000,000 iterations are too many to draw; give 10,000,000 at most"):
+        draw(config_from_dict(RUN | {"train_iters": 10**12}, world_size=1))
+    with pytest.raises(UserError, match=r"x\.png: cannot be written"):
+        save_png(config_from_dict(RUN, world_size=1), Path("/dev/null/x.png"))
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(ConfigError, match="pip install matplotlib"):
         save_png(config_from_dict(RUN, world_size=1), tmp_path / "x.png")

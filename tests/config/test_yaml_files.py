@@ -194,6 +194,8 @@ def test_overrides(model_file: Path) -> None:
         ("num_layers=two", "command line: num_layers: expected an integer, got 'two'"),
         ("num_layrs=2", "command line: num_layrs: unknown key; did you mean 'num_layers'?"),
         ("save=[1", "not valid YAML"),
+        ("save=\udcff", "not UTF-8 text; write it in UTF-8"),
+        ('eval_results_prefix="a\\0b"', "has a NUL character; remove it"),
     ],
 )
 def test_wrong_overrides(model_file: Path, override: str, message: str) -> None:

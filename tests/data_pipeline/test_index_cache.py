@@ -33,12 +33,14 @@ def test_a_second_call_reads_the_files(tmp_path: Path) -> None:
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("spoil", ["fingerprint", "missing", "truncated"])
+@pytest.mark.parametrize("spoil", ["fingerprint", "missing", "truncated", "deep"])
 def test_stale_or_damaged_files_are_rebuilt(spoil: str, tmp_path: Path) -> None:
     cached_maps(f"{tmp_path}/x", {"layout": "old"}, Builder(seed=2))
     file = tmp_path / "x_shuffle_idx.npy"
     if spoil == "missing":
         (tmp_path / "x_fingerprint.json").unlink()  # upstream's files have none: they are not trusted either
+    if spoil == "deep":
+        (tmp_path / "x_fingerprint.json").write_text("[" * 100_000)
     if spoil == "truncated":
         file.write_bytes(file.read_bytes()[:150])
     builder = Builder()

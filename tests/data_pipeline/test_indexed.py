@@ -118,3 +118,25 @@ def test_a_prefix_with_extension_is_explained() -> None:
 def test_a_list_of_prefixes_in_the_place_of_one_is_explained() -> None:
     with pytest.raises(DataError, match="one dataset is named here; name several in train_, valid_ and test_data_"):
         IndexedDataset(f"{FOLDER / TEXT},{FOLDER / TEXT}")
+
+
+@pytest.mark.parametrize(
+    ("offset", "kind", "value"),
+    [
+        (34 + 4 * 7, "<i4", -5),
+        (34 + 4 * 7, "<i4", 10**8),
+        (34 + 4 * 100 + 8 * 7, "<i8", -2),
+        (34 + 4 * 100 + 8 * 7, "<i8", 10**12),
+    ],
+    ids=["negative size", "large size", "negative place", "far place"],
+)
+def test_an_item_outside_of_the_tokens_is_named(offset: int, kind: str, value: int, tmp_path: Path) -> None:
+    """Neither is it trained on, nor taken for storage that fails and may come back."""
+    prefix = copy_corpus(tmp_path)
+    index = Path(f"{prefix}.idx")
+    content = bytearray(index.read_bytes())
+    content[offset : offset + np.dtype(kind).itemsize] = np.array([value], kind).tobytes()
+    IndexedDataset(prefix).check_items()
+    index.write_bytes(content)
+    with pytest.raises(DataError, match=r"\.idx: item 7 does not lie in .*\.bin; damaged, make the pair again"):
+        IndexedDataset(prefix).check_items()

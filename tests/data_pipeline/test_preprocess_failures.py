@@ -4,8 +4,11 @@ import errno
 import json
 import multiprocessing
 import resource
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,7 @@ from tokenizers import models, pre_tokenizers
 
 from neox.data import IndexedDataset, IndexedDatasetWriter, preprocess
 from neox.data.indexed_writer import IndexedDatasetWriters
-from neox.data.preprocess import PreprocessOptions
+from neox.data.preprocess import PreprocessOptions, _end_with_parent
 from neox.errors import DataError, UserError
 from neox.files import require_place
 
@@ -208,3 +211,27 @@ def test_a_place_is_tried_before_the_work(tmp_path: Path) -> None:
     for place in (tmp_path / "new", tmp_path / "new" / "file" / "below", Path("/dev/null")):
         with pytest.raises(UserError, match="cannot be written"):
             require_place(place)
+
+
+def _die_before_a_worker(answers: Connection) -> None:
+    def work() -> None:
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+        answers.send("ready")
+        signal.pause()
+
+    multiprocessing.get_context("fork").Process(target=work).start()
+    signal.pause()
+
+
+def test_workers_end_with_the_process_that_was_killed() -> None:
+    """They wait for work, and nothing else would tell them; the pipe ends when they have."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    command = context.Process(target=_die_before_a_worker, args=(sender,))
+    command.start()
+    sender.close()
+    assert receiver.recv() == "ready"
+    command.kill()
+    assert receiver.poll(240)
+    with pytest.raises(EOFError):
+        receiver.recv()

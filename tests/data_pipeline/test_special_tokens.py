@@ -67,7 +67,11 @@ def test_a_vocabulary_with_the_end_of_turns_alone_serves(tmp_path: Path) -> None
     assert (named.eod, named.ends, named.start) == (256, (256,), 256)
 
 
-@pytest.mark.parametrize(("name", "content"), [("generation_config", '{"eos_token_id": "x"}'), ("config", "[]")])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("generation_config", '{"eos_token_id": "x"}'), ("config", "[]"), ("special_tokens_map", "[" * 100_000)],
+    ids=["kind", "list", "deep"],
+)
 def test_a_malformed_file_beside_is_named(tmp_path: Path, name: str, content: str) -> None:
     saved(tmp_path)
     (tmp_path / f"{name}.json").write_text(content)

@@ -2,12 +2,13 @@
 
 import bz2
 import gzip
+import os
 from pathlib import Path
 
 import pytest
 import zstandard
 
-from neox.data.documents import read_documents
+from neox.data.documents import input_paths, read_documents
 from neox.data.text_files import SurrogateFilter, text_lines, whole_text
 from neox.errors import DataError
 
@@ -153,3 +154,14 @@ def test_lone_surrogates_are_replaced_and_counted() -> None:
     assert clean({"a": [{"b": "\udc00"}, "é"]}) == {"a": [{"b": "\ufffd"}, "é"]}
     assert clean("\ud83d\ude00") == "\U0001f600"  # both halves
     assert clean.documents == 4
+
+
+def test_what_is_no_file_is_named_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for given in (tmp_path / "pipe.jsonl", tmp_path):
+        with pytest.raises(DataError, match=r"pipe\.jsonl: not a regular file; save what it gives to one"):
+            list(read_documents([given]))
+
+
+def test_many_files_in_one_word_are_no_long_name() -> None:
+    assert input_paths([",".join(f"part{number}.jsonl" for number in range(100))])[99] == "part99.jsonl"

@@ -80,11 +80,14 @@ def test_places_of_the_hostfile(hostfile: Path, tmp_path: Path) -> None:
         ("one 8\n", ":1: 'one 8' is not"),
         ("one slots=8\ntwo slots=many\n", ":2:"),
         ("one slots=0\n", ":1:"),
+        ("one slots=99999999999\n", ":1: .* N from 1 to 9999"),
+        ("one\0 slots=1\n", ":1:"),
+        ("-oProxyCommand=id slots=1\n", ":1:"),
         ("one slots = 2\n", ":1:"),
         ("one slots=1\none slots=2\n", ":2: one is there a second time"),
         ("# nobody\n", "no host in it"),
     ],
-    ids=["no slots", "no number", "zero", "spaces", "twice", "empty"],
+    ids=["no slots", "no number", "zero", "too many", "null", "option", "spaces", "twice", "empty"],
 )
 def test_bad_hostfile(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "hosts"
@@ -134,6 +137,7 @@ def test_choice_of_slots(hostfile: Path) -> None:
         ({"include": "four"}, "include: host 'four' is not in the hostfile"),
         ({"exclude": "two:4"}, "exclude: two has slots 0 to 3, not 4"),
         ({"include": "two:a"}, "is not HOST:SLOT"),
+        ({"include": f"two:{'9' * 5000}"}, "is not HOST:SLOT"),
         ({"exclude": "one@two@three"}, "leaves no host"),
         ({"num_nodes": 4}, "num_nodes: 4 hosts are asked for, and there are 3"),
     ],
@@ -267,13 +271,36 @@ def test_variables_for_other_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert carried_variables(given) == {"NCCL_DEBUG": "WARN", "PYTHONPATH": "/code", "FOO": "bar"}
     (tmp_path / "mine").write_text("\ufeffFOO=mine\n", encoding="utf-8")
     assert carried_variables({"DS_ENV_FILE": str(tmp_path / "mine")}) == {"FOO": "mine"}
+    monkeypatch.chdir("/")
+    assert carried_variables({"DS_ENV_FILE": "mine"}) == {"FOO": "mine"}  # as DeepSpeed finds it, in the home folder
+
+
+@pytest.mark.parametrize(
+    ("content", "mistake"),
+    [
+        (b"FOO=caf\xe9\n", "mine: cannot be read as a list of variables .*; write lines NAME=value"),
+        (b"A=1\nFOO='bar\n", "mine:2: FOO: no closing quotation; close the quotes"),
+        (b"FOO\n", "mine:1: 'FOO' is not NAME=value; correct the line or leave it out"),
+        (b"export FOO=bar\n", "mine:1: 'export FOO=bar' is not NAME=value"),
+        (b"FOO=a\0b\n", "mine:1: .* is not NAME=value"),
+        (None, "DS_ENV_FILE: no such file .*mine; correct it, or unset DS_ENV_FILE"),
+    ],
+    ids=["latin-1", "quotes", "no-value", "export", "null", "missing"],
+)
+def test_a_list_of_variables_that_is_none(content: bytes | None, mistake: str, tmp_path: Path) -> None:
+    """Other hosts would run with other settings than was asked for."""
+    path = tmp_path / "mine"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(LaunchError, match=mistake):
+        carried_variables({"DS_ENV_FILE": str(path)})
 
 
 def test_hosts_that_do_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in for ssh that knows one host."""
     fake = tmp_path / "ssh"
     answer = 'for word; do [ "$word" = one ] && exit 0; done'
-    fake.write_text(f"#!/bin/sh\n{answer}\necho banner >&2\necho refused >&2\nexit 255\n")
+    fake.write_text(f"#!/bin/sh\n{answer}\nprintf 'caf\\351\\n' >&2\necho refused >&2\nexit 255\n")
     fake.chmod(0o755)
     monkeypatch.setattr(ssh, "SSH", (str(fake),))
     ssh.check_reachable(["one"])

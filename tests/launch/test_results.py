@@ -56,6 +56,20 @@ def test_what_libraries_print_goes_to_standard_error(tmp_path: Path) -> None:
         assert text in done.stderr
 
 
+def test_names_that_the_encoding_has_no_bytes_for_are_spelled_out(tmp_path: Path) -> None:
+    script = tmp_path / "names.py"
+    script.write_text(f"""
+import io, sys
+sys.path.insert(0, {str(ROOT)!r})
+from neox import results
+sys.stdout = io.TextIOWrapper(sys.stdout.detach(), encoding="ascii")
+results.claim()
+results.print_result("caf\\u00e9 \\udcff")
+results.finish()
+""")
+    assert fork_script(str(script)).stdout == "caf\\xe9 \\udcff\n"
+
+
 def test_a_program_that_takes_over_has_standard_output(tmp_path: Path) -> None:
     script = tmp_path / "becomes.py"
     script.write_text(f"""

@@ -1,5 +1,7 @@
 """Exit statuses and messages of a script run alone or under a foreign launcher."""
 
+import errno
+import os
 import shlex
 import signal
 import socket
@@ -11,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from neox.errors import ConfigError, UserError
+from neox.launch import meeting
+from neox.launch.local import single_placement
 from neox.launch.main import script_main
 from neox.launch.reporting import report_user_error
 
@@ -39,6 +43,20 @@ def test_statuses(capsys):
 def test_a_defect_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         script_main(lambda arguments: 1 // 0, [])
+
+
+def test_a_path_that_cannot_be_used_is_a_mistake_until_the_process_is_a_rank(capsys, monkeypatch, tmp_path):
+    path = tmp_path / ("x" * 300)
+    monkeypatch.setattr(meeting._Self, "is_rank", False)
+    assert script_main(lambda arguments: path.is_dir(), []) == 2
+    assert capsys.readouterr().err == (
+        f"{path}: cannot be used ({os.strerror(errno.ENAMETOOLONG)}); check the path and its rights\n"
+    )
+    with pytest.raises(FileNotFoundError):  # a defect, perhaps
+        script_main(lambda arguments: (tmp_path / "absent").stat(), [])
+    meeting.enter(single_placement(), {})
+    with pytest.raises(OSError, match="x" * 300):
+        script_main(lambda arguments: path.is_dir(), [])
 
 
 def test_arguments_without_local_rank(monkeypatch):

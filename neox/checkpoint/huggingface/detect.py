@@ -55,6 +55,6 @@ def family_that_wrote(content: Mapping[str, Any], path: Path) -> Family:
     """
     known = {family.model_type: family for family in FAMILIES.values()}
     kind = content.get("model_type")
-    if kind not in known:
+    if not isinstance(kind, str) or kind not in known:
         raise CheckpointError(f"{path}: model_type is {kind}; only {', '.join(known)} can be read")
     return known[kind]

@@ -7,6 +7,7 @@ from typing import Any
 
 from neox.checkpoint.huggingface.fields import Always, Field, Plain
 from neox.checkpoint.huggingface.layouts import Layout, Same
+from neox.checkpoint.weights import fields_of
 from neox.config import ModelConfig
 from neox.errors import CheckpointError
 
@@ -107,15 +108,15 @@ class Family:
         Raises:
             CheckpointError: it uses what cannot be computed here; `path` is named.
         """
-        for field in self.fields:
-            objection = field.objection(content)
-            if objection:
-                raise CheckpointError(f"{path}: {objection}")
-        keys: dict[str, Any] = {}
-        for field in self.fields:
-            keys |= field.read(content)
-        found = {key: value for key, value in keys.items() if value is not None}
-        return found | {"precision": _precision(content)}
+        with fields_of(path, "its release"):
+            for field in self.fields:
+                if objection := field.objection(content):
+                    raise CheckpointError(f"{path}: {objection}")
+            keys: dict[str, Any] = {}
+            for field in self.fields:
+                keys |= field.read(content)
+            found = {key: value for key, value in keys.items() if value is not None}
+            return found | {"precision": _precision(content)}
 
 
 def _precision(content: Mapping[str, Any]) -> str:

@@ -161,15 +161,47 @@ class Manifest:
             content["progress"] = Progress(**content["progress"])
             content["layout"] = Layout(**content["layout"])
             manifest = cls(**content)
+            _check_kinds(manifest)
             strange = {entry["file"] for entry in manifest.tensors.values()} - manifest.files.keys()
             strange |= {name for name in manifest.files if not is_inside(name)}
-        except (AttributeError, KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{path}: not as this release writes it ({error}); use the release that did"
             ) from None
         if strange:
             raise CheckpointError(f"{path}: names {min(strange)}, which is no file of the checkpoint; copy it again")
+        if unseen := manifest.files.keys() - manifest.by_file().keys() - manifest.checksums.keys():
+            raise CheckpointError(f"{path}: has no checksum of {min(unseen)}; copy it again")
         return manifest
+
+
+_KINDS: dict[str, type] = {
+    **dict.fromkeys(("schedule", "config", "files", "tensors", "checksums", "environment"), dict),
+    **dict.fromkeys(("forward_losses", "lineage"), list),
+    **dict.fromkeys(("precision", "run"), str),
+}
+
+
+def _check_kinds(manifest: Manifest) -> None:
+    """See that fields hold what readers take them for, whoever has written them.
+
+    Raises:
+        KeyError: a tensor is not described.
+        TypeError: a field is of another kind.
+    """
+    for name, kind in _KINDS.items():
+        if not isinstance(getattr(manifest, name), kind):
+            raise TypeError(f"{name} is no {kind.__name__}")
+    progress = manifest.progress
+    counts = [progress.iteration, progress.consumed_samples, progress.schedule_step, progress.optimizer_step]
+    counts += [*asdict(manifest.layout).values(), manifest.padded_vocab_size, *manifest.files.values()]
+    counts += [number for start, end in progress.left_out for number in (start, end)]
+    for entry in manifest.tensors.values():
+        counts += entry["shape"]
+        if not all(isinstance(entry[key], str) for key in ("file", "dtype", "checksum")):
+            raise TypeError("a tensor is not described by texts")
+    if not all(type(number) is int and number >= 0 for number in counts):
+        raise TypeError("a count is no whole number")
 
 
 def _checksum(content: dict[str, Any]) -> str:

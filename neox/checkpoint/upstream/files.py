@@ -20,6 +20,7 @@ import torch
 from neox.checkpoint.storage.torch_file import TorchFile
 from neox.checkpoint.upstream.parts import Part, as_part, is_tensor
 from neox.checkpoint.upstream.zero import zero3_weights
+from neox.checkpoint.weights import fields_of
 from neox.errors import CheckpointError
 
 _LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
@@ -60,7 +61,8 @@ class UpstreamFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._open: dict[Path, Any] = {}
-        self.weights = self._read_weights()
+        with fields_of(folder, "GPT-NeoX"):
+            self.weights = self._read_weights()
 
     @property
     def ranks(self) -> int:

@@ -16,7 +16,7 @@ from neox.checkpoint.upstream.names import Dialect, dialect_of, translate
 from neox.checkpoint.upstream.old_keys import in_todays_keys
 from neox.checkpoint.upstream.parts import Part
 from neox.checkpoint.weight_map import Kind, kind_of
-from neox.checkpoint.weights import missing_tensor
+from neox.checkpoint.weights import fields_of, missing_tensor
 from neox.config import ModelConfig
 from neox.config.yaml_files import SUFFIXES, merge
 from neox.errors import CheckpointError, ConfigError
@@ -142,7 +142,8 @@ class UpstreamReader:
     def iteration(self) -> int:
         """Iterations trained."""
         number = re.search(r"\d+$", self.folder.name)
-        return int(self.files.state.get("iteration", number[0] if number else 0))
+        with fields_of(self.folder, "GPT-NeoX"):
+            return int(self.files.state.get("iteration", number[0] if number else 0))
 
     @property
     def arguments(self) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from neox.checkpoint.upstream.zero import (
     zero_states,
 )
 from neox.checkpoint.weight_map import Kind, kind_of
-from neox.checkpoint.weights import missing_tensor
+from neox.checkpoint.weights import fields_of, missing_tensor
 from neox.errors import CheckpointError
 
 _PRECISIONS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bfloat16"}
@@ -63,7 +63,8 @@ class UpstreamRun:
         self.reader = UpstreamReader(folder, hints)
         self._files = self.reader.files
         self._step = 0
-        self._states = self._read_states() if with_optimizer else {}
+        with fields_of(folder, "GPT-NeoX"):
+            self._states = self._read_states() if with_optimizer else {}
 
     def __contains__(self, key: str) -> bool:
         return key in self._states or key in self.reader
@@ -101,6 +102,10 @@ class UpstreamRun:
     @cached_property
     def manifest(self) -> Manifest:
         """What a native checkpoint would say of this run."""
+        with fields_of(self.folder, "GPT-NeoX"):
+            return self._manifest()
+
+    def _manifest(self) -> Manifest:
         state, keys = self._files.state, self.reader.config_keys()
         settings = state.get("ds_config") or {}
         schedule = state.get("lr_scheduler")

@@ -79,7 +79,9 @@ def _json(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); copy it again") from None
+    except (ValueError, RecursionError) as error:
         found = failed_download(path) or f"not valid JSON ({error}); copy it again"
         raise DataError(f"{path}: {found}") from None
     if not isinstance(content, dict):

@@ -75,7 +75,7 @@ class LeftOut:
             order, ranges = content["order"], [[int(start), int(end)] for start, end in content["left_out"]]
         except FileNotFoundError:
             return []
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{path}: cannot be read ({error}); remove it to leave no data out") from None
         if order != self.order:
             tell(self.mesh, f"{path}: is about other data than this run's; nothing in it is left out")
