@@ -128,7 +128,7 @@ def test_a_mistake_ends_in_one_line_and_status_2(tmp_path: Path) -> None:
         "--tokenizer-type", "CharLevelTokenizer",
     )  # fmt: skip
     assert made.returncode == 2
-    assert made.stderr.strip().splitlines()[-1].endswith("no.jsonl: no such file")
+    assert made.stderr.strip().splitlines()[-1].endswith("no.jsonl: no such file; check the path")
 
 
 def test_lone_surrogates_are_replaced_and_counted(tmp_path: Path) -> None:
