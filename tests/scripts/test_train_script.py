@@ -141,10 +141,16 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
 def test_a_mistake_is_one_line_and_status_2(tmp_path: Path, corpus: str, mistake: str) -> None:
     changes, words = MISTAKES[mistake]
     config = write_config(tmp_path, settings(corpus, tmp_path / "run", **changes))
-    # DeepSpeed looks for no accelerator then, and says nothing of having found none.
-    done = run([sys.executable, str(ROOT / "train.py"), str(config)], DS_ACCELERATOR="cpu")
-    assert_refused(done, words)
+    assert_refused(train(config), words)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("mistake", ["bad key", "missing data"])
+def test_a_mistake_is_one_line_with_what_imports_print(tmp_path: Path, corpus: str, mistake: str) -> None:
+    changes, words = MISTAKES[mistake]
+    config = write_config(tmp_path, settings(corpus, tmp_path / "run", **changes))
+    # DeepSpeed looks for no accelerator then, and says nothing of having found none.
+    assert_refused(run([sys.executable, str(ROOT / "train.py"), str(config)], DS_ACCELERATOR="cpu"), words)
 
 
 def test_a_checkpoint_of_another_shape(tmp_path: Path, corpus: str) -> None:
