@@ -71,22 +71,22 @@ FP16_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("layout", FP16_LAYOUTS)
 def test_fp16_overflow_skips_on_all_ranks(corpus: str, layout: str) -> None:
-    """A scale of 2^40 overflows fp16 for certain; the run must come down to a scale that works and then learn."""
+    """A scale of 2^30 overflows fp16 for certain; the run must come down to a scale that works and then learn."""
     world_size, changes = FP16_LAYOUTS[layout]
-    fp16 = {"fp16": {"enabled": True, "initial_scale_power": 40, "hysteresis": 1, "loss_scale_window": 1000}}
+    fp16 = {"fp16": {"enabled": True, "initial_scale_power": 30, "hysteresis": 1, "loss_scale_window": 1000}}
     plain = {key: value for key, value in TRAINING.items() if key != "precision"}
-    flat = MODEL | plain | ADAMW | fp16 | {"data_path": corpus, "train_iters": 45, "lr_decay_iters": 60}
+    flat = MODEL | plain | ADAMW | fp16 | {"data_path": corpus, "train_iters": 32, "lr_decay_iters": 60}
     found = curve_of(flat | changes, world_size)
     updates = [i for i, skipped in enumerate(found.skipped) if not skipped]
     first = updates[0]
-    assert 5 < first < 40
+    assert 5 < first < 27
     # the schedule counts updates, not iterations
     schedule = LRSchedule.from_config(config_from_dict(flat))
     made = np.cumsum([0] + [not skipped for skipped in found.skipped])[:-1]
     assert found.rates == [schedule.lr_at(int(updates_before)) for updates_before in made]
     assert found.rates[first + 2] > found.rates[first]
     # each overflow halves the scale
-    assert found.scales[:first] == [2.0**40 / 2 ** (i + 1) for i in range(first)]
+    assert found.scales[:first] == [2.0**30 / 2 ** (i + 1) for i in range(first)]
     assert found.scales[first] == found.scales[first - 1]
     assert found.losses[-1] < found.losses[0] - 0.3
 
