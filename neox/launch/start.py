@@ -55,6 +55,11 @@ class Start:
             check_hostfile(config, os.environ)
             if wants_launcher(config):
                 self._choose_hosts()
+            elif config.launch.num_nodes > 1:
+                raise LaunchError(
+                    f"num_nodes: {config.launch.num_nodes} hosts are asked for, and no hostfile names them; set hostfile "
+                    "(-H), start the script with a launcher, or remove num_nodes"
+                )
         self._workers = self._node.workers(workers) if self._node else workers
         self.world_size = self._count()
         self.description = self._describe()
