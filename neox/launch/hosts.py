@@ -1,6 +1,7 @@
 """Several hosts from one command: `python train.py` with a hostfile, or inside a Slurm allocation."""
 
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -169,16 +170,32 @@ def _srun(config: "Config", pool: Pool, environ: Mapping[str, str]) -> list[str]
 def carried_variables(environ: Mapping[str, str]) -> dict[str, str]:
     """Variables that other hosts need: those of NCCL, Python and the like, and the lines of `.deepspeed_env`.
 
-    The file is looked for in the home folder, then here, or where DS_ENV_FILE says; later ones win.
+    The file is looked for in the home folder, then here, by this name or the one that DS_ENV_FILE says; later ones win.
+
+    Raises:
+        LaunchError: DS_ENV_FILE names no file, or a line is not `NAME=value`.
     """
     found = {name: value for name, value in environ.items() if name.startswith(_CARRIED) or name in _CARRIED_NAMES}
-    places = [Path.home() / ".deepspeed_env", Path(".deepspeed_env")]
-    if environ.get("DS_ENV_FILE"):
-        places = [Path(environ["DS_ENV_FILE"])]
-    for path in places:
-        if path.is_file():
-            for line in path.read_text(encoding="utf-8-sig").splitlines():
-                name, equals, value = line.strip().partition("=")
-                if equals and not name.startswith("#"):
-                    found[name] = " ".join(shlex.split(value))
+    asked = environ.get("DS_ENV_FILE")
+    places = [folder / (asked or ".deepspeed_env") for folder in (Path.home(), Path())]
+    there = [path for path in places if path.is_file()]
+    if asked and not there:
+        raise LaunchError(f"DS_ENV_FILE: no such file {asked}, here or in the home folder; correct it, or unset it")
+    for path in there:
+        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+            if line.strip() and not line.strip().startswith("#"):
+                name, value = _variable(line.strip(), f"{path}:{number}")
+                found[name] = value
     return found
+
+
+def _variable(line: str, place: str) -> tuple[str, str]:
+    """Name and value of a line of `.deepspeed_env`; one that is left out would be missed on the other hosts."""
+    name, equals, value = line.partition("=")
+    try:
+        words = shlex.split(value)
+    except ValueError:  # a quotation that does not end
+        equals = ""
+    if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name):
+        raise LaunchError(f"{place}: {line!r} is not `NAME=value`; correct it, or put # before it")
+    return name, " ".join(words)

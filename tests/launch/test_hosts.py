@@ -291,3 +291,17 @@ def test_hosts_that_do_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(LaunchError, match=r"no answer over ssh from two \(refused\); three \(refused\)") as error:
         ssh.check_reachable(["one", "two", "three"])
     assert "\n" not in str(error.value)
+
+
+def test_no_variable_for_other_hosts_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file that is named must be there, and say what it means; as with DeepSpeed it may be in the home folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine").write_text("FOO=home\n")
+    monkeypatch.chdir(tmp_path.parent)
+    assert carried_variables({"DS_ENV_FILE": "mine"}) == {"FOO": "home"}
+    with pytest.raises(LaunchError, match="DS_ENV_FILE: no such file other, here or in the home folder"):
+        carried_variables({"DS_ENV_FILE": "other"})
+    for line in ("export NCCL_DEBUG=INFO", "NCCL_DEBUG INFO", "=1", 'NCCL_DEBUG="INFO'):
+        (tmp_path / "mine").write_text(f"# a remark\n{line}\n")
+        with pytest.raises(LaunchError, match=f"mine:2: '{line}' is not `NAME=value`"):
+            carried_variables({"DS_ENV_FILE": "mine"})
