@@ -32,6 +32,8 @@ def run_generation(config: Config, mesh: Mesh) -> None:
         UserError: of the checkpoint, the prompts or the output file.
     """
     kind, prompts = generation_kind(config), []
+    if kind != "input-file" and config.generation.sample_input_file and mesh.rank == 0:
+        print(f"sample_input_file is not read: text_gen_type is {kind}", file=sys.stderr)
     if kind == "precompute":
         precompute(config, mesh)
         return
