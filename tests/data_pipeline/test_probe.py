@@ -119,3 +119,15 @@ def test_preferences_are_looked_at(tmp_path: Path, odd_one: str) -> None:
     )
     with pytest.raises(DataError, match="bad: has token id 512"):
         check_data(config)
+
+
+def test_documents_that_are_cut_or_left_out_are_counted(tmp_path: Path) -> None:
+    """Packed ones go on in the next sample; of others the rest is never read."""
+    long = list(range(5, 5 + make_config(**CHARACTERS).model.seq_length + 2))
+    prefix = corpus(tmp_path / "long", [*PLAIN, long])
+    most = len(long) - 1
+    given = {"data_path": prefix, "split": "1,0,0", "eval_iters": 0}
+    assert remarks(**given) == []
+    line = f"{prefix}: 1 of 6 documents have more than seq_length + 1 = {most} tokens and are "
+    assert remarks(**given, pack_impl="unpacked") == [line + "cut there"]
+    assert remarks(**given, pack_impl="pack_until_overflow", allow_chopped=False) == [line + "left out"]
