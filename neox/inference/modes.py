@@ -54,6 +54,9 @@ def run_generation(config: Config, mesh: Mesh) -> None:
         path = Path(config.generation.sample_output_file)
         write_whole(path, "".join(json.dumps(record(result), ensure_ascii=False) + "\n" for result in results))
         print_result(f"{len(results)} sample{'s' * (len(results) != 1)} written to {path}")
+        empty = [found for result in results if (found := result.completion).message and not found.tokens]
+        if empty:
+            print(f"{len(empty)} of {len(results)} prompts: {empty[0].message}", file=sys.stderr)
 
 
 def generation_kind(config: Config) -> str:
