@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from neox.data.build import SPLITS, without_documents
+from neox.data.build import NAMES, SPLITS, is_wanted, without_documents
 from neox.data.completions import CompletionSource, completion_sources
 from neox.data.indexed import IndexedDataset, open_corpus
 from neox.data.tokenizers import build_tokenizer
@@ -41,6 +41,7 @@ def data_remarks(config: "Config") -> Iterator[str]:
     yield from without_documents(config)
     yield from _remarks_on_validation(config)
     yield from _remarks_on_lengths(config)
+    yield from _remarks_on_labels(config)
     masks = [key for key in ("eod_mask_loss", "document_masking") if getattr(config.data, key)]
     if masks and has_tokenizer(config):
         end = _end_of_document(config)
@@ -82,6 +83,17 @@ def _remarks_on_validation(config: "Config") -> Iterator[str]:
     elif training.do_train and 0 < (training.train_iters or 0) < training.eval_interval:
         interval = f"eval_interval {training.eval_interval}"
         yield f"{interval}: above train_iters {training.train_iters}, so there is no validation"
+
+
+def _remarks_on_labels(config: "Config") -> Iterator[str]:
+    """Lines on evaluations that count every token, where training does not; both losses are of different things."""
+    for split in SPLITS[1:]:
+        has_labels = getattr(config.data, f"{split}_label_data_paths")
+        if config.data.train_label_data_paths and not has_labels and is_wanted(config, split):
+            yield (
+                f"{split}_label_data_paths: not set, and train_label_data_paths is, so {NAMES[split]} takes the loss "
+                "of every token, and not only of those that are trained on"
+            )
 
 
 def _remarks_on_lengths(config: "Config") -> Iterator[str]:

@@ -131,3 +131,15 @@ def test_documents_that_are_cut_or_left_out_are_counted(tmp_path: Path) -> None:
     line = f"{prefix}: 1 of 6 documents have more than seq_length + 1 = {most} tokens and are "
     assert remarks(**given, pack_impl="unpacked") == [line + "cut there"]
     assert remarks(**given, pack_impl="pack_until_overflow", allow_chopped=False) == [line + "left out"]
+
+
+def test_an_evaluation_without_the_labels_of_training_is_said(tmp_path: Path) -> None:
+    prefix = corpus(tmp_path / "five", PLAIN)
+    lists = {f"{split}_data_paths": [prefix] for split in ("train", "valid", "test")} | {"do_test": False}
+    labels = {"train_label_data_paths": [prefix]}
+    assert remarks(**lists, data_path=None) == []
+    (line,) = remarks(**lists, **labels, data_path=None)
+    assert line.startswith(
+        "valid_label_data_paths: not set, and train_label_data_paths is, so validation takes the loss"
+    )
+    assert remarks(**lists, **labels, valid_label_data_paths=[prefix], data_path=None) == []
