@@ -113,7 +113,7 @@ def _tokenizer(config: Config, asked: Export) -> ExportedTokenizer | None:
         return special_tokens(config.tokenizer, pad_token_id=asked.pad_token_id)
     except UserError as error:  # a run's tokenizer is not always at hand, and was not asked for
         logger.warning("config.json names no tokens that begin or end a text: %s", error)
-        ids = {"bos_token_id": None, "eos_token_id": None}
+        ids: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None}
         return ExportedTokenizer({}, ids if asked.pad_token_id is None else ids | {"pad_token_id": asked.pad_token_id})
 
 
