@@ -78,6 +78,7 @@ def remarks(config: Config) -> Iterator[str]:
     yield from config.notices
     yield from idle_keys(config)
     yield from _unreported(config)
+    yield from _without_weights(config)
     if config.checkpoint.save is not None and config.checkpoint.save_hf and (lacking := lacking_tokenizer(config)):
         yield f"save_hf: the tokenizer is left out of the folders hf: {lacking}"
     yield from data_remarks(config)
@@ -86,6 +87,13 @@ def remarks(config: Config) -> Iterator[str]:
         yield "eval_tasks: not run while training; run evaluate.py with the same files"
     if config.logging.memory_profiling and _is_without_gpu(config):
         yield "memory_profiling: there is no CUDA device here, nothing is recorded"
+
+
+def _without_weights(config: Config) -> Iterator[str]:
+    """What is meant for a model that has been trained, where the run begins from fresh weights."""
+    meant = {"lora": config.lora.is_on, f"train_impl {config.preference.train_impl}": config.preference.is_on}
+    for name in (name for name, is_on in meant.items() if is_on and config.checkpoint.load is None):
+        yield f"{name}: load is not set, so it begins from fresh weights; set it to the model that is to be tuned"
 
 
 def _unreported(config: Config) -> Iterator[str]:

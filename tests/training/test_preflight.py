@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from training.layouts import ADAMW, MODEL, TRAINING
+from training.preferences import pairs
 
 from neox.config import Config, config_from_dict
 from neox.launch.variables import RESTARTS
@@ -77,3 +78,10 @@ def test_keys_that_do_nothing_are_said(keys: dict[str, Any], line: str, monkeypa
 def test_keys_at_their_defaults_are_not_said() -> None:
     keys = {"checkpoint_num_layers": 1, "save_hf": False, "allow_chopped": True, "on_large_gradient": "skip"}
     assert not [found for found in preflight.remarks(settings(**keys)) if "no effect" in found]
+
+
+def test_tuning_of_fresh_weights_is_said(tmp_path: Path) -> None:
+    for keys in ({"lora": {"rank": 2}}, pairs(tmp_path) | {"train_impl": "dpo", "pack_impl": "unpacked"}):
+        (line,) = (line for line in preflight.remarks(settings(**keys)) if "fresh weights" in line)
+        assert line.startswith(("lora: load is not set, so it begins from", "train_impl dpo: load is not set"))
+        assert not [line for line in preflight.remarks(settings(**keys, load="run")) if "fresh weights" in line]
