@@ -28,6 +28,14 @@ def check_training(config: Config) -> None:
             problems.add("vocab_file", "eod_mask_loss needs it, for the end-of-document token; set it")
         elif config.model.padded_vocab_size is None and config.checkpoint.load is None:
             problems.add("vocab_file", f"{tokenizer.tokenizer_type} needs it; set it, or padded_vocab_size")
+    _check_load(config, problems)
     problems.raise_any()
     if config.parallel.world_size is not None:
         deepspeed_dict(config)
+
+
+def _check_load(config: Config, problems: Problems) -> None:
+    """Refuse what says how to load where nothing is loaded: the run would start from fresh weights."""
+    for key in ("finetune", "iteration"):
+        if config.checkpoint.load is None and getattr(config.checkpoint, key):
+            problems.add(key, f"says what to load, and load is not set; set load, or remove {key}")

@@ -40,6 +40,10 @@ _SCALARS = (
 )
 
 
+_TAGS = {f"tag:yaml.org,2002:{name}" for name in (*(name for name, _, _ in _SCALARS), "str", "seq", "map")}
+"""What a value can be; any other tag, !env say, would be dropped and its text taken as it stands."""
+
+
 def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
     """Our reading of plain scalars, by first character, as PyYAML wants it."""
     table: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
@@ -276,6 +280,12 @@ class _Builder:
         if self.room < 0:
             # Aliases of aliases grow exponentially.
             raise ConfigError(f"{self.name}:{node.start_mark.line + 1}: too many values; check its & and * aliases")
+        if node.tag not in _TAGS:
+            self.problems.append(
+                f"{self.name}:{node.start_mark.line + 1}: {_text(path)}: "
+                f"tag {_text(node.tag)} means nothing here; remove it"
+            )
+            return None
         if isinstance(node, yaml.CollectionNode):
             return self._collection(node, path)
         try:

@@ -108,7 +108,7 @@ def build_datasets(config: "Config", coordinator: Coordinator = SINGLE_PROCESS, 
     return DatasetSplits(**built)
 
 
-def _is_wanted(config: "Config", split: str) -> bool:
+def is_wanted(config: "Config", split: str) -> bool:
     """Whether the run reads anything of a split."""
     training = config.training
     if not getattr(training, f"do_{split}"):
@@ -117,7 +117,7 @@ def _is_wanted(config: "Config", split: str) -> bool:
 
 
 def _online(config: "Config", split: str, data_rank: int) -> OnlineDataset | None:
-    if not _is_wanted(config, split):
+    if not is_wanted(config, split):
         return None
     servers, vocabulary = config.comparison.servers, config.model.padded_vocab_size
     assert vocabulary is not None, "the vocabulary is resolved before the data are read"
@@ -147,7 +147,7 @@ class _Source:
 def _build_split(
     config: "Config", split: str, num_samples: int | None, coordinator: Coordinator
 ) -> SampleSource | None:
-    if not _is_wanted(config, split):
+    if not is_wanted(config, split):
         return None
     sources = _sources(config, split)
     if not sources:
@@ -211,7 +211,7 @@ def without_documents(config: "Config") -> list[str]:
         return []  # the lists are all given
     lines, tokens = [], open_corpus(config, prefix, warmup=False)
     for split, documents in zip(SPLITS, split_documents(config.data.split, len(tokens)), strict=True):
-        if documents or not _is_wanted(config, split):
+        if documents or not is_wanted(config, split):
             continue
         share = f"{prefix}: split {config.data.split} gives {NAMES[split]} 0 of {len(tokens)} documents"
         if split == "train" or config.given.get(f"do_{split}"):

@@ -32,7 +32,7 @@ class ScoredDocuments:
         labels: the tokens again, -100 where one is not scored.
         rewards: float, one a document or one a token; None where there are none.
         reference: float32, at each token the log-probability that a reference model gives the next one (the last has
-            any value); None where a reference model runs.
+            any value, NaN stands where it has not read); None where a reference model runs.
     """
 
     tokens: IndexedDataset
@@ -77,8 +77,19 @@ class ScoredDocuments:
             scored = given if len(given) != len(labels) else given[labels != IGNORED_LABEL]
             sample["rewards"] = np.array(scored.mean(dtype=np.float64), np.float32)
         if self.reference is not None:
-            sample["reference"] = _fit(self.reference.get(document), length, 0, np.float32)
+            sample["reference"] = _fit(self._known_reference(document, labels[1:length]), length, 0, np.float32)
         return sample
+
+    def _known_reference(self, document: int, targets: np.ndarray) -> np.ndarray:
+        """What the reference model thinks of a document, 0 where it has not read on and nothing is scored."""
+        assert self.reference is not None, "there is a file of it"
+        values = self.reference.get(document)
+        if np.isnan(values[: len(targets)][targets != IGNORED_LABEL]).any():
+            raise DataError(
+                f"{self.reference.prefix}: has nothing on the end of document {document}, for it was made with a "
+                "smaller seq_length; make it again with that of the run (text_gen_type: precompute)"
+            )
+        return np.nan_to_num(values, nan=0.0)
 
 
 def _misfit(found: IndexedDataset, what: str, tokens: IndexedDataset) -> DataError:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from neox.data.build import SPLITS, without_documents
+from neox.data.build import NAMES, SPLITS, is_wanted, without_documents
 from neox.data.completions import CompletionSource, completion_sources
 from neox.data.indexed import IndexedDataset, open_corpus
 from neox.data.tokenizers import build_tokenizer
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 DOCUMENTS_SEEN, TOKENS_SEEN = 64, 1 << 14
 """How many documents of a corpus are searched for the token that ends one, and how many tokens of each."""
+
+SIZES_READ = 1 << 20
+"""Lengths of documents in memory at a time."""
 
 
 def check_data(config: "Config") -> None:
@@ -37,6 +40,8 @@ def data_remarks(config: "Config") -> Iterator[str]:
     """Lines on evaluations that do not take place, and on documents that are not what a key makes of them."""
     yield from without_documents(config)
     yield from _remarks_on_validation(config)
+    yield from _remarks_on_lengths(config)
+    yield from _remarks_on_labels(config)
     if (config.data.eod_mask_loss or config.data.document_masking) and has_tokenizer(config):
         end = _end_of_document(config)
         if end is not None:
@@ -76,6 +81,29 @@ def _remarks_on_validation(config: "Config") -> Iterator[str]:
     elif training.do_train and 0 < (training.train_iters or 0) < training.eval_interval:
         interval = f"eval_interval {training.eval_interval}"
         yield f"{interval}: above train_iters {training.train_iters}, so there is no validation"
+
+
+def _remarks_on_labels(config: "Config") -> Iterator[str]:
+    """Lines on evaluations that count every token, where training does not; both losses are of different things."""
+    for split in SPLITS[1:]:
+        has_labels = getattr(config.data, f"{split}_label_data_paths")
+        if config.data.train_label_data_paths and not has_labels and is_wanted(config, split):
+            yield (
+                f"{split}_label_data_paths: not set, and train_label_data_paths is, so {NAMES[split]} takes the loss "
+                "of every token, and not only of those that are trained on"
+            )
+
+
+def _remarks_on_lengths(config: "Config") -> Iterator[str]:
+    """Lines on documents too long for a sample, of which the rest is never read; packed ones go on in the next."""
+    if config.data.pack_impl == "packed" and not config.preference.is_on:
+        return
+    most, what = config.model.seq_length + 1, "are cut there" if config.data.allow_chopped else "are left out"
+    for corpus in _token_corpora(config):
+        chunks = (corpus.sizes[start : start + SIZES_READ] for start in range(0, len(corpus), SIZES_READ))
+        if longer := sum(int((chunk > most).sum()) for chunk in chunks):
+            many = f"{longer:,} of {len(corpus):,} documents"
+            yield f"{corpus.prefix}: {many} have more than seq_length + 1 = {most} tokens and {what}"
 
 
 def _corpora(config: "Config") -> Iterator[IndexedDataset]:

@@ -31,6 +31,10 @@ from neox.parallel.mesh import Mesh
 DEFAULT_NEW_TOKENS = 256
 """Of a task that does not say; what the harness' own models take."""
 
+_HONOURED = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p")
+_NEUTRAL = {"num_beams": 1, "repetition_penalty": 1, "num_return_sequences": 1}
+"""What `generation_kwargs` may hold besides without a change of what is generated."""
+
 
 @dataclass(frozen=True)
 class Passage:
@@ -56,6 +60,7 @@ class HarnessModel(TemplateLM):
     Attributes:
         cut: requests whose context was longer than the model's positions, so that only its end was read.
         replaced: whether a text had lone surrogates, which were replaced by U+FFFD.
+        ignored: entries of a task's `generation_kwargs` that are not honoured, `num_beams 10` say.
     """
 
     def __init__(
@@ -74,6 +79,7 @@ class HarnessModel(TemplateLM):
         self.mesh = mesh
         self.info = info or {}
         self.cut, self.replaced = 0, False
+        self.ignored: set[str] = set()
         self._rank, self._world_size, self._device = mesh.data_rank, mesh.data_size, mesh.device
 
     # What the harness asks about the model.
@@ -187,6 +193,7 @@ class HarnessModel(TemplateLM):
         with self._bar(len(requests), "generating", show=not disable_tqdm) as bar:
             for numbers in groups.values():
                 wanted, settings = _settings(requests[numbers[0]].args[1])
+                self.ignored |= _ignored(wanted)
                 results = TextGenerator(self.model, self.tokens, self.batch_size).complete(
                     [self._cleaned(requests[number].args[0]) for number in numbers],
                     settings=settings,
@@ -262,6 +269,15 @@ class HarnessModel(TemplateLM):
 
     def _bar(self, total: int, what: str, *, show: bool) -> "tqdm[Any]":
         return tqdm(total=total, desc=what, disable=not show or self.mesh.rank != 0)
+
+
+def _ignored(wanted: dict[str, Any]) -> set[str]:
+    """The entries of normalised `generation_kwargs` that would change what is generated, and do not here."""
+    return {
+        f"{name} {value}"
+        for name, value in wanted.items()
+        if name not in _HONOURED and value is not None and value != _NEUTRAL.get(name)
+    }
 
 
 def _settings(asked: dict[str, Any]) -> tuple[dict[str, Any], GenerationSettings]:

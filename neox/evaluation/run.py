@@ -90,18 +90,23 @@ def evaluate_model(
 
 
 def say_what_was_changed(adapter: "HarnessModel") -> None:
-    """Say how many requests were longer than the model, and whether text was replaced; every process calls this."""
-    found = [(adapter.cut, adapter.replaced)]
+    """Say what was not done as a task asks: contexts cut, settings ignored, text replaced; every process calls this."""
+    found = [(adapter.cut, adapter.replaced, adapter.ignored)]
     if adapter.world_size > 1:
         found = adapter.gather_object(found[0]) or []
     if adapter.mesh.rank != 0:
         return
-    if cut := sum(count for count, _ in found):
+    if cut := sum(count for count, _, _ in found):
         tell(
             f"eval_tasks: {cut:,} requests are longer than the model's {adapter.max_length} positions; "
             "only the end of their contexts was read"
         )
-    if any(replaced for _, replaced in found):
+    if ignored := {entry for _, _, entries in found for entry in entries}:
+        tell(
+            f"eval_tasks: generation_kwargs of a task have {', '.join(sorted(ignored))}, which is not supported here: "
+            "its texts were generated without, so its scores do not compare with those of other models"
+        )
+    if any(replaced for _, replaced, _ in found):
         tell("eval_tasks: some requests had lone surrogates, which UTF-8 cannot hold; each was replaced by U+FFFD")
 
 

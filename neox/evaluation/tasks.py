@@ -40,6 +40,8 @@ def find_tasks(asked: Sequence[str]) -> tuple[list[str], Any]:
     found = [match for name in names for match in _matches(name, manager)]
     if folders and not names:
         found = _all_of(folders, TaskManager)
+    elif folders:
+        _check_named(folders, found, TaskManager)
     return [*found, *files], manager
 
 
@@ -52,10 +54,21 @@ def _matches(name: str, manager: Any) -> list[str]:
 
 
 def _all_of(folders: list[Path], manager_class: Any) -> list[str]:
-    found: list[str] = []
+    return [task for folder in folders for task in _manager_of(folder, manager_class).all_subtasks]
+
+
+def _check_named(folders: list[Path], found: list[str], manager_class: Any) -> None:
+    """See that a task of each folder is among those that are named: nothing else of it would be run."""
     for folder in folders:
-        tasks: list[str] = manager_class(include_path=folder, include_defaults=False).all_subtasks
-        if not tasks:
-            raise UserError(f"eval_tasks: {folder}: holds no task; it needs a YAML file with a `task:` key")
-        found += tasks
-    return found
+        tasks = _manager_of(folder, manager_class).all_tasks
+        if not set(tasks) & set(found):
+            raise UserError(
+                f"eval_tasks: {folder}: none of its tasks is named beside it; add {tasks[0]} say, or name no others"
+            )
+
+
+def _manager_of(folder: Path, manager_class: Any) -> Any:
+    manager = manager_class(include_path=folder, include_defaults=False)
+    if not manager.all_subtasks:
+        raise UserError(f"eval_tasks: {folder}: holds no task; it needs a YAML file with a `task:` key")
+    return manager

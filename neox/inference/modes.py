@@ -32,6 +32,8 @@ def run_generation(config: Config, mesh: Mesh) -> None:
         UserError: of the checkpoint, the prompts or the output file.
     """
     kind, prompts = generation_kind(config), []
+    if kind != "input-file" and config.generation.sample_input_file and mesh.rank == 0:
+        print(f"sample_input_file is not read: text_gen_type is {kind}", file=sys.stderr)
     if kind == "precompute":
         precompute(config, mesh)
         return
@@ -52,6 +54,9 @@ def run_generation(config: Config, mesh: Mesh) -> None:
         path = Path(config.generation.sample_output_file)
         write_whole(path, "".join(json.dumps(record(result), ensure_ascii=False) + "\n" for result in results))
         print_result(f"{len(results)} sample{'s' * (len(results) != 1)} written to {path}")
+        empty = [found for result in results if (found := result.completion).message and not found.tokens]
+        if empty:
+            print(f"{len(empty)} of {len(results)} prompts: {empty[0].message}", file=sys.stderr)
 
 
 def generation_kind(config: Config) -> str:

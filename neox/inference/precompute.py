@@ -53,7 +53,7 @@ def precompute(config: Config, mesh: Mesh) -> None:
 def document_scores(model: Decoder, documents: list[np.ndarray]) -> list[np.ndarray]:
     """Log-probability of the next token at each token, float32 of the length of each document.
 
-    The last token has 0, and so has every token that the model's `seq_length` leaves out.
+    The last token has 0, and every token that the model's `seq_length` leaves out NaN: it is not to be trained on.
 
     Args:
         model: in eval mode, with sequence parallelism off.
@@ -71,6 +71,7 @@ def document_scores(model: Decoder, documents: list[np.ndarray]) -> list[np.ndar
     for given, row in zip(found, scores, strict=True):
         count = max(0, min(len(given), width) - 1)
         given[:count] = row[:count]
+        given[width - 1 if len(given) > width else len(given) :] = np.nan
     return found
 
 

@@ -18,6 +18,9 @@ NODE_RANK = "NEOX_NODE_RANK"
 SLOTS = "NEOX_SLOTS"  # processes of every host, as 8,8,4
 IN_A_POD = "KUBERNETES_SERVICE_HOST"  # set by Kubernetes itself in every container
 
+_LEFT_TO_THE_HOST = ("auto", "gpu", "cpu")
+"""What torchrun takes in place of a number of processes."""
+
 
 @dataclass(frozen=True)
 class Node:
@@ -73,6 +76,19 @@ def detect_node(environ: Mapping[str, str]) -> Node | None:
     return None
 
 
+def check_alone(environ: Mapping[str, str]) -> None:
+    """Refuse one of several hosts whose number is not known: each would be a run of its own.
+
+    Raises:
+        LaunchError: torchrun's variables speak of several hosts, and this one was not found among them.
+    """
+    if environ.get("PET_NNODES", "1") != "1":
+        raise LaunchError(
+            f"PET_NNODES={environ['PET_NNODES']}, but not both PET_NODE_RANK and PET_MASTER_ADDR are set: start "
+            "`torchrun train.py`, which reads its other variables, or unset PET_NNODES to run on this host alone"
+        )
+
+
 def _is_numbered_pod(environ: Mapping[str, str]) -> bool:
     """Whether an operator numbered this pod; a process with LOCAL_RANK is a rank already."""
     numbered = environ.get("RANK") or environ.get("JOB_COMPLETION_INDEX")
@@ -97,12 +113,13 @@ def _from_torchruns_names(environ: Mapping[str, str]) -> Node:
     if ":" in nodes:
         raise LaunchError(f"PET_NNODES={nodes} is a range: start `torchrun train.py` in the pod, which can follow it")
     count = integer({"PET_NNODES": nodes}, "PET_NNODES")
-    each = environ.get("PET_NPROC_PER_NODE", "")
+    each = environ.get("PET_NPROC_PER_NODE") or "auto"
+    if not each.isdecimal() and each not in _LEFT_TO_THE_HOST:
+        raise LaunchError(f"PET_NPROC_PER_NODE={each!r}: expected a number, or {', '.join(_LEFT_TO_THE_HOST)}")
     return Node(
         rank=integer(environ, "PET_NODE_RANK"),
         count=count,
-        # "auto", "gpu" and "cpu" leave the number to the host.
-        slots=(int(each),) * count if each.isdigit() else None,
+        slots=(int(each),) * count if each.isdecimal() else None,
         master_addr=environ["PET_MASTER_ADDR"],
         master_port=port(environ, "PET_MASTER_PORT", DEFAULT_MASTER_PORT),
         launcher="kubernetes",

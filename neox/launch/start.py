@@ -10,7 +10,7 @@ from neox.errors import LaunchError
 from neox.launch.hostfile import Pool, check_hostfile, hostfile_path
 from neox.launch.hosts import chosen_hosts, start_command, starter_of, wants_launcher
 from neox.launch.local import run_local
-from neox.launch.node import Node, detect_node
+from neox.launch.node import Node, check_alone, detect_node
 from neox.launch.over_ssh import RunOverSsh, largest_usable
 from neox.launch.restarts import Restarts, run_with_restarts, times_restarted
 from neox.launch.ssh import check_reachable
@@ -55,6 +55,13 @@ class Start:
             check_hostfile(config, os.environ)
             if wants_launcher(config):
                 self._choose_hosts()
+            else:
+                check_alone(os.environ)
+            if config.launch.num_nodes > 1 and self._pool is None:
+                raise LaunchError(
+                    f"num_nodes: {config.launch.num_nodes} hosts are asked for, and no hostfile names them; set "
+                    "hostfile (-H), start the script with a launcher, or remove num_nodes"
+                )
         self._workers = self._node.workers(workers) if self._node else workers
         self.world_size = self._count()
         self.description = self._describe()

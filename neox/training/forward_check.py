@@ -11,6 +11,7 @@ from neox.errors import CheckpointError
 from neox.training.batches import GlobalBatch, ModelInputs, global_batch, micro_batch
 from neox.training.engine import Engine
 from neox.training.objectives.objective import Figures, Model
+from neox.training.team import tell
 
 _SEQUENCES = 4
 _SEED = 20210
@@ -37,13 +38,17 @@ def check_forward(engine: Engine, reader: RunReader) -> None:
     """Compare the losses of a model just loaded with those that its checkpoint was saved with.
 
     A collective over all ranks. A checkpoint that has none is not compared, nor one of another `seq_length`, whose
-    sequences were others.
+    sequences were others; a line says so.
 
     Raises:
         CheckpointError: they differ by more than rounding.
     """
     saved, length = reader.manifest.forward_losses, engine.config.model.seq_length
-    if not saved or reader.manifest.config.get("seq_length", length) != length:
+    before = reader.manifest.config.get("seq_length", length)
+    if not saved or before != length:
+        if engine.config.checkpoint.checkpoint_validation_with_forward_pass:
+            why = f"its sequences have {before} tokens, and seq_length is {length}" if saved else "it was saved without"
+            tell(engine.mesh, f"checkpoint_validation_with_forward_pass: {reader.folder} is not compared: {why}")
         return
     found, precisions = forward_losses(engine), (engine.config.model.precision, reader.manifest.precision)
     tolerance = max(TOLERANCES[precision] for precision in precisions)

@@ -7,13 +7,14 @@ from pathlib import Path
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.op_builder import AsyncIOBuilder
 
-from neox.checkpoint.conversion.export import check_exportable
+from neox.checkpoint.conversion.export import check_exportable, lacking_tokenizer
 from neox.checkpoint.huggingface import HuggingFaceReader
 from neox.checkpoint.meta_llama import MetaLlamaReader
 from neox.checkpoint.weights import WeightReader, check_shape, check_vocabulary, missing_tensor
 from neox.config import Config
 from neox.config.data import OF_FILES
 from neox.config.deepspeed import DeepSpeedConfig
+from neox.config.idle import idle_keys
 from neox.config.resolve_deepspeed import offload_device
 from neox.data import build_tokenizer
 from neox.data.preflight import check_data, data_remarks, has_tokenizer
@@ -23,6 +24,7 @@ from neox.launch.restarts import times_restarted
 from neox.model.build import meta_decoder
 from neox.model.head import is_reward_head
 from neox.training.deepspeed_settings import check_settings
+from neox.training.metrics.services import wants_wandb
 from neox.training.objectives.build import check_objective
 from neox.training.origin import origin_of
 from neox.training.resumption import expected, may_be_restarted
@@ -77,12 +79,33 @@ def remarks(config: Config) -> Iterator[str]:
     What it starts from is told by the ranks, who agree on it (`neox.training.resumption`).
     """
     yield from config.notices
+    yield from idle_keys(config)
+    yield from _unreported(config)
+    yield from _without_weights(config)
+    if config.checkpoint.save is not None and config.checkpoint.save_hf and (lacking := lacking_tokenizer(config)):
+        yield f"save_hf: the tokenizer is left out of the folders hf: {lacking}"
     yield from data_remarks(config)
     yield from _missing_tokenizer_files(config)
     if config.evaluation.eval_tasks:
         yield "eval_tasks: not run while training; run evaluate.py with the same files"
     if config.logging.memory_profiling and _is_without_gpu(config):
         yield "memory_profiling: there is no CUDA device here, nothing is recorded"
+
+
+def _without_weights(config: Config) -> Iterator[str]:
+    """What is meant for a model that has been trained, where the run begins from fresh weights."""
+    meant = {"lora": config.lora.is_on, f"train_impl {config.preference.train_impl}": config.preference.is_on}
+    for name in (name for name, is_on in meant.items() if is_on and config.checkpoint.load is None):
+        yield f"{name}: load is not set, so it begins from fresh weights; set it to the model that is to be tuned"
+
+
+def _unreported(config: Config) -> Iterator[str]:
+    """What was to be seen at Weights & Biases, where nothing goes for want of a key."""
+    settings = config.logging
+    if settings.use_wandb is None and not wants_wandb(None, host=settings.wandb_host, environ=os.environ):
+        for key in ("wandb_group", "wandb_team", "wandb_project", "wandb_run_name"):
+            if key in config.given:
+                yield f"{key} has no effect: use_wandb is not set, and no key for {settings.wandb_host} is found"
 
 
 def _missing_tokenizer_files(config: Config) -> Iterator[str]:

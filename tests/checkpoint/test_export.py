@@ -123,6 +123,15 @@ def test_a_padding_token_beyond_the_vocabulary_is_refused(tmp_path):
         list(export.export(weights, config, tmp_path / "out", asked))
 
 
+def test_a_padding_token_is_kept_where_the_tokenizer_is_not_at_hand(tmp_path, caplog):
+    config, weights = random_run(**GQA, tokenizer_type="HFTokenizer", vocab_file=str(tmp_path / "gone.json"))
+    asked = Export(save_tokenizer=False, check=False, pad_token_id=3)
+    list(export.export(weights, config, tmp_path / "out", asked))
+    assert "config.json names no tokens that begin or end a text: " in caplog.text
+    content = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (content["eos_token_id"], content["pad_token_id"]) == (None, 3)
+
+
 def test_special_tokens_are_the_tokenizers(tmp_path):
     options = llama_tokenizer(tmp_path / "own.json")
     made = export_tokenizer(options, model_max_length=24)

@@ -237,6 +237,10 @@ def test_folders_of_older_writers_are_read(tmp_path):
         ({"hidden_act": "quick_gelu"}, "hidden_act is quick_gelu"),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "of type longrope"),
         ({"model_type": "llama"}, "partial_rotary_factor is 0.25; only 1 can be read"),
+        (
+            {"model_type": "llama", "rope_parameters": {}, "partial_rotary_factor": 0.5},
+            "partial_rotary_factor is 0.5; only 1 can be read",
+        ),
         ({"model_type": "llama", "rope_parameters": {}, "head_dim": 16}, "head_dim is 16; only .* 8, can be read"),
         ({"model_type": "falcon", "rope_parameters": {}, "alibi": True}, "alibi is True; only False can be read"),
         ({"model_type": "opt", "ffn_dim": 64, "do_layer_norm_before": False}, "do_layer_norm_before is False"),

@@ -43,6 +43,16 @@ def test_the_run_and_those_before_it_are_shown(tmp_path, capsys):
     assert "resumed_from" not in about
 
 
+def test_a_selection_that_means_no_tensor_is_a_mistake(folders, capsys):
+    """Nothing to compare is not equal."""
+    for flags, message in (
+        (("--match", "atention"), "--match atention: no tensor has such a name"),
+        (("--attributes", "layers/2", "layers/99"), "--attributes layers/99: no such tensor or layer"),
+    ):
+        assert run_script(TOOL, folders["neox"], folders["native"], *flags) == 2
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("pieces", [7, 2**22])
 def test_facts_of_a_tensor(pieces, monkeypatch):
     monkeypatch.setattr(contents, "PIECE", pieces)

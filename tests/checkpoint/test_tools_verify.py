@@ -44,6 +44,23 @@ def test_whole_checkpoints(copies, capsys):
         assert out.count("\n") == 1
 
 
+def test_what_is_for_logits_alone_is_refused_without_them(tmp_path, capsys):
+    for flag, value in (
+        ("--tokens", "ids.npy"),
+        ("--tolerance", "0"),
+        ("--config_file", "a.yml"),
+        ("--batch_size", "2"),
+    ):
+        assert run_script(TOOL, tmp_path, flag, value) == 2
+        assert f"{flag} is for a comparison of logits; add --logits OTHER" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_does_not_say_what_it_is(tmp_path, caplog):
+    shutil.copytree(GOLDENS / "seq" / "global_step4", tmp_path / "bare", ignore=shutil.ignore_patterns("configs"))
+    assert damages_of(tmp_path / "bare") == []
+    assert "does not say what its model is, so no tensor can be found to be missing" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("kind", "name"),
     [

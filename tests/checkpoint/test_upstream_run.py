@@ -14,6 +14,7 @@ from neox.checkpoint.native.manifest import Layout, Progress
 from neox.checkpoint.storage.torch_file import load_torch_file
 from neox.checkpoint.upstream.reader import Hints
 from neox.checkpoint.upstream.run import UpstreamRun
+from neox.checkpoint.upstream.zero import plain_states
 from neox.checkpoint.weight_map import weight_map
 from neox.errors import CheckpointError
 from neox.model.build import build_decoder
@@ -362,3 +363,15 @@ def test_state_that_does_not_fit_is_refused(saved, tmp_path):
 
     with pytest.raises(CheckpointError, match=r"does not fit parameter layers\.|does not fit parameter sequential\."):
         rewritten(saved["zero2_fp16"], tmp_path / "short", shorten)
+
+
+def test_state_of_some_groups_alone_is_not_passed_over():
+    """Fresh moments would take its place without a word."""
+    moments = {"exp_avg": torch.zeros(4), "exp_avg_sq": torch.zeros(4), "step": 3}
+    inner = {"state": {0: moments}, "param_groups": [{"params": [0]}, {"params": [1]}]}
+    saved = {"fp32_groups_flat": [torch.zeros(4), torch.zeros(4)], "optimizer_state_dict": inner}
+    groups = [{name: torch.Size([4])} for name in ("layers.2.a", "layers.2.b")]
+    with pytest.raises(CheckpointError, match="its optimizer state is that of 1 of 2 groups; set no_load_optim: true"):
+        plain_states(saved, groups, "file")
+    inner["state"] = {}
+    assert plain_states(saved, groups, "file").states.keys() == {"master"}

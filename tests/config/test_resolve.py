@@ -236,6 +236,15 @@ def test_loading_needs_less_than_training() -> None:
     check_training(config_from_dict(sample(padded_vocab_size=128)))
 
 
+@pytest.mark.parametrize("key", ["finetune", "iteration"])
+def test_what_to_load_needs_load(key: str) -> None:
+    """Else a run begins from fresh weights that was to begin from others."""
+    flat = sample(padded_vocab_size=128, **{key: 1 if key == "iteration" else True})
+    with pytest.raises(ConfigError, match=f"{key}: says what to load, and load is not set"):
+        check_training(config_from_dict(flat))
+    check_training(config_from_dict(flat | {"load": "run"}))
+
+
 @pytest.mark.parametrize("resolved", [False, True])
 def test_round_trip(resolved: bool) -> None:
     flat = sample(

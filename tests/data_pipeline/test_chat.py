@@ -144,6 +144,24 @@ def test_lone_surrogates_are_replaced_and_counted(
     assert words(IndexedDataset(tmp_path / "out_conversation_document")[1]) == "user : one assistant : two [unk] <end>"
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--no-mask", "--for-rm"), "--no-mask and --for-rm label different tokens"),
+        (("--no-mask", "--only-last"), "--no-mask and --only-last label different tokens"),
+        (("--for-rm", "--only-last"), "--for-rm and --only-last label different tokens"),
+        (("--binary-reward",), "--binary-reward is about the rewards of --reward-key"),
+    ],
+    ids=["mask", "last", "reward model", "reward"],
+)
+def test_flags_of_which_one_would_do_nothing(
+    flags: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--input", "in.jsonl", "--output-prefix", "out", "--tokenizer-path", "tokenizer", *flags]
+    assert run_script("tools/datasets/preprocess_data_with_chat_template.py", *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_the_command(tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "in.jsonl").write_text(json.dumps({"conversation": CHAT}) + "\n")
     script = runpy.run_path(str(ROOT / "tools/datasets/preprocess_data_with_chat_template.py"))

@@ -119,3 +119,27 @@ def test_preferences_are_looked_at(tmp_path: Path, odd_one: str) -> None:
     )
     with pytest.raises(DataError, match="bad: has token id 512"):
         check_data(config)
+
+
+def test_documents_that_are_cut_or_left_out_are_counted(tmp_path: Path) -> None:
+    """Packed ones go on in the next sample; of others the rest is never read."""
+    long = list(range(5, 5 + make_config(**CHARACTERS).model.seq_length + 2))
+    prefix = corpus(tmp_path / "long", [*PLAIN, long])
+    most = len(long) - 1
+    given = {"data_path": prefix, "split": "1,0,0", "eval_iters": 0}
+    assert remarks(**given) == []
+    line = f"{prefix}: 1 of 6 documents have more than seq_length + 1 = {most} tokens and are "
+    assert remarks(**given, pack_impl="unpacked") == [line + "cut there"]
+    assert remarks(**given, pack_impl="pack_until_overflow", allow_chopped=False) == [line + "left out"]
+
+
+def test_an_evaluation_without_the_labels_of_training_is_said(tmp_path: Path) -> None:
+    prefix = corpus(tmp_path / "five", PLAIN)
+    lists = {f"{split}_data_paths": [prefix] for split in ("train", "valid", "test")} | {"do_test": False}
+    labels = {"train_label_data_paths": [prefix]}
+    assert remarks(**lists, data_path=None) == []
+    (line,) = remarks(**lists, **labels, data_path=None)
+    assert line.startswith(
+        "valid_label_data_paths: not set, and train_label_data_paths is, so validation takes the loss"
+    )
+    assert remarks(**lists, **labels, valid_label_data_paths=[prefix], data_path=None) == []

@@ -190,6 +190,21 @@ def test_lone_surrogates_are_read_as_replacement_characters(capsys: pytest.Captu
     )
 
 
+def test_settings_of_generation_that_are_not_honoured_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    from neox.evaluation.adapter import HarnessModel
+
+    adapter = HarnessModel(small_model(), TOKENIZER)
+    plain = {"until": ["x"], "max_gen_toks": 1, "do_sample": True, "temperature": 0.5, "top_k": 3, "num_beams": 1}
+    adapter.generate_until(requests("generate_until", ("a", plain)), disable_tqdm=True)
+    say_what_was_changed(adapter)
+    assert capsys.readouterr().err == ""
+    adapter.generate_until(
+        requests("generate_until", ("a", plain | {"num_beams": 10, "min_p": 0.1})), disable_tqdm=True
+    )
+    say_what_was_changed(adapter)
+    assert "generation_kwargs of a task have min_p 0.1, num_beams 10, which is not supported" in capsys.readouterr().err
+
+
 def test_a_task_that_generates_beyond_the_model_is_refused(adapter: Any) -> None:
     with pytest.raises(UserError, match="generates 64 tokens and the model has 64 positions"):
         adapter.generate_until(requests("generate_until", ("a", {"max_gen_toks": 64})), disable_tqdm=True)
@@ -290,6 +305,8 @@ def test_names_of_the_harness_and_patterns(tasks: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(manager, "__file__", str(tmp_path / "manager.py"))
     names, _ = find_tasks(["tiny_t*", "lambada_openai", str(tasks)])
     assert names == ["tiny_texts", "lambada_openai"]
+    with pytest.raises(UserError, match="none of its tasks is named beside it; add tiny_answers say"):
+        find_tasks(["lambada_openai", str(tasks)])
 
 
 def test_a_misspelled_name_gets_a_suggestion(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:

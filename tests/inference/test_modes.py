@@ -66,6 +66,26 @@ def test_unconditional_samples_differ_and_repeat_with_the_seed(checkpoint: Path,
     assert texts(seed=99) != first
 
 
+def test_prompts_that_are_not_read_are_said(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As GPT-NeoX's text_generation.yml, which names a file of prompts and asks for none."""
+    given = {"text_gen_type": "unconditional", "sample_input_file": "in.txt", "maximum_tokens": 1}
+    run_generation(small_config(load=str(checkpoint), sample_output_file=str(tmp_path / "out"), **given), SINGLE)
+    assert capsys.readouterr().err == "sample_input_file is not read: text_gen_type is unconditional\n"
+
+
+def test_prompts_without_room_for_an_answer_are_said(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in.txt").write_text("a\n" + "b" * 64 + "\n")
+    place = {"sample_input_file": str(tmp_path / "in.txt"), "sample_output_file": str(tmp_path / "out")}
+    run_generation(small_config(load=str(checkpoint), maximum_tokens=1, **place), SINGLE)
+    assert capsys.readouterr().err == (
+        "1 of 2 prompts: nothing generated: the prompt has 64 tokens and the model 64 positions; shorten it\n"
+    )
+
+
 def test_logits_are_written_on_request(checkpoint: Path, tmp_path: Path) -> None:
     path = tmp_path / "samples.txt"
     run_generation(

@@ -62,6 +62,17 @@ def test_nothing_asked() -> None:
     assert Start(config_from_dict(BASE), workers=1).is_alone
 
 
+def test_several_hosts_that_nothing_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """They must not become this one."""
+    monkeypatch.setattr("neox.launch.hostfile.USUAL_HOSTFILE", str(tmp_path / "none"))
+    with pytest.raises(LaunchError, match="num_nodes: 2 hosts are asked for, and no hostfile names them"):
+        Start(configured(None, num_nodes=2), workers=1)
+    assert Start(configured(None, num_nodes=1), workers=1).is_alone
+    for name, value in {"NEOX_NODE_RANK": "0", "NEOX_SLOTS": "1,1", "MASTER_ADDR": "n1"}.items():
+        monkeypatch.setenv(name, value)  # something has started each host
+    assert Start(configured(None, num_nodes=2), workers=1).world_size == 2
+
+
 def test_a_byte_order_mark_before_the_hosts_is_dropped(hostfile: Path) -> None:
     whole = read_hostfile(hostfile)
     hostfile.write_text("\ufeff" + HOSTS, encoding="utf-8")

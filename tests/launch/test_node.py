@@ -11,7 +11,7 @@ from neox.config import config_from_dict
 from neox.errors import LaunchError
 from neox.launch.environment import describe, detect
 from neox.launch.local import run_local
-from neox.launch.node import Node, detect_node
+from neox.launch.node import Node, check_alone, detect_node
 from neox.launch.start import Start
 
 SSH = {"NEOX_NODE_RANK": "1", "NEOX_SLOTS": "2,4,2", "MASTER_ADDR": "n1", "MASTER_PORT": "29700"}
@@ -82,14 +82,26 @@ def test_rank_without_local_rank_outside_of_kubernetes_is_a_mistake() -> None:
     [
         (SSH | {"NEOX_NODE_RANK": "3"}, "host 3 is outside of 3 hosts"),
         (PET | {"PET_NNODES": "1:4"}, "PET_NNODES=1:4 is a range"),
+        (PET | {"PET_NPROC_PER_NODE": "eight"}, "PET_NPROC_PER_NODE='eight': expected a number, or auto, gpu, cpu"),
         (PET | {"PET_MASTER_PORT": "70000"}, "PET_MASTER_PORT=70000 is no port"),
         (POD | {"WORLD_SIZE": "two"}, "WORLD_SIZE='two' is not a whole number"),
     ],
-    ids=["too high", "elastic", "port", "no number"],
+    ids=["too high", "elastic", "processes", "port", "no number"],
 )
 def test_contradictions(environ: dict[str, str], words: str) -> None:
     with pytest.raises(LaunchError, match=words):
         detect_node(environ)
+
+
+def test_a_host_of_several_without_its_number_is_no_run_of_its_own() -> None:
+    for environ in (PET | {"PET_MASTER_ADDR": ""}, {"PET_NNODES": "1:4", "PET_RDZV_ENDPOINT": "a:1"}):
+        assert detect_node(environ) is None
+        with pytest.raises(
+            LaunchError, match="but not both PET_NODE_RANK and PET_MASTER_ADDR are set: start `torchrun"
+        ):
+            check_alone(environ)
+    check_alone({"PET_NNODES": "1"})
+    check_alone({})
 
 
 def test_ranks_count_on_over_hosts(tmp_path: Path) -> None:

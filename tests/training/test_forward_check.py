@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from training.test_monitors import metrics_of
 from neox.checkpoint.native import store as native
 from neox.config import config_from_dict
 from neox.errors import CheckpointError
-from neox.training.forward_check import TOLERANCES
+from neox.training.forward_check import TOLERANCES, check_forward
 from neox.training.run import train
 
 SMALL = MODEL | TRAINING | ADAMW | {"train_batch_size": 8, "train_iters": 4, "log_interval": 1, "checkpoint_factor": 2}
@@ -109,3 +110,19 @@ def test_without_the_key_nothing_is_saved(tmp_path: Path, corpus: str) -> None:
     assert saved_losses(tmp_path, 2) == []
     run(tmp_path, corpus, "one", **CHECK)  # a checkpoint without losses loads all the same
     assert len(saved_losses(tmp_path, 4)) == 4
+
+
+@pytest.mark.parametrize(
+    ("losses", "length", "why"),
+    [([], 16, "it was saved without"), ([1.0], 32, "its sequences have 32 tokens, and seq_length is 16")],
+    ids=["without", "longer"],
+)
+def test_a_checkpoint_that_cannot_be_compared_is_said_to_be(
+    losses: list[float], length: int, why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_from_dict(SMALL | CHECK | {"seq_length": 16})
+    manifest = SimpleNamespace(forward_losses=losses, config={"seq_length": length})
+    engine = SimpleNamespace(config=config, mesh=SimpleNamespace(rank=0))
+    check_forward(engine, SimpleNamespace(manifest=manifest, folder="run"))  # type: ignore[arg-type]
+    line = f"checkpoint_validation_with_forward_pass: run is not compared: {why}\n"
+    assert capsys.readouterr().err == line

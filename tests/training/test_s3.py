@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import socket
 import sys
 from collections.abc import Iterator
@@ -158,6 +159,21 @@ def test_what_failed_is_tried_again_with_the_next(tmp_path: Path, variables: dic
     root = download("comes-later", "run-7/run/", tmp_path / "again")
     assert [damages(root / f"global_step{step}") for step in (1, 2, 3)] == [[], [], []]
     assert (root / "latest").read_text() == "global_step3"
+
+
+def test_what_was_deleted_before_its_upload_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As keep_last_n_checkpoints does while the store is out of reach."""
+    problems = ["out of reach", "out of reach", None]
+    monkeypatch.setattr("neox.training.uploads.upload_checkpoint", lambda *_: problems.pop(0))
+    uploads = Uploads(checkpoint_settings("s3://a/b"))
+    first, second, third = (save(tmp_path / "run", number) for number in (1, 2, 3))
+    uploads.upload(first, Team())
+    shutil.rmtree(first)
+    warning = "s3_path s3://a/b: global_step1 deleted before the upload"
+    later = "s3_path s3://a/b: global_step2 not uploaded (out of reach); tried again at the next save"
+    assert uploads.upload(second, Team()) == f"{warning}; {later}"
+    shutil.rmtree(second)
+    assert uploads.upload(third, Team()) == "s3_path s3://a/b: global_step2 deleted before the upload"
 
 
 def test_the_copies_of_another_run_stay(tmp_path: Path, bucket: str) -> None:

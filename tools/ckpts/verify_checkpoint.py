@@ -40,12 +40,16 @@ def main(arguments: list[str]) -> int:
         damages = damages_of(folders[0])
         print_result("\n".join(damages) or f"{folders[0]}: whole")
         return int(bool(damages))
-    tokens_BS = None if options.tokens == "random" else read_tokens(Path(options.tokens))
+    tokens_BS = None if options.tokens in (None, "random") else read_tokens(Path(options.tokens))
     found = compare_logits(
-        *folders, tokens_BS=tokens_BS, config_files=options.config_file, batch_size=options.batch_size
+        *folders,
+        tokens_BS=tokens_BS,
+        config_files=options.config_file,
+        batch_size=options.batch_size or LOGITS_BATCH_SIZE,
     )
     print_result(f"{folders[0]} and {folders[1]}: {found}")
-    return int(not found.difference <= options.tolerance)  # nor is a difference that is no number
+    tolerance = TOLERANCE if options.tolerance is None else options.tolerance
+    return int(not found.difference <= tolerance)  # nor is a difference that is no number
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -53,17 +57,20 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint of any known format, or a folder of them")
     add("--logits", type=Path, metavar="OTHER", help="compare logits with this checkpoint instead of reading checksums")
-    add("--tokens", default="random", metavar="FILE", help=".npy with integer ids [B, S]; default: random ones")
-    add("--tolerance", type=float, default=TOLERANCE, help=f"largest difference of logits (default: {TOLERANCE:g})")
+    add("--tokens", metavar="FILE", help=".npy with integer ids [B, S]; default: random, which means random ones")
+    add("--tolerance", type=float, help=f"largest difference of logits (default: {TOLERANCE:g})")
     add("--config_file", nargs="+", default=(), metavar="FILE", help="model, where the checkpoints do not say")
     add(
         "--batch_size",
         type=positive,
-        default=LOGITS_BATCH_SIZE,
-        help="sequences computed together (default: %(default)s)",
+        help=f"sequences computed together (default: {LOGITS_BATCH_SIZE})",
     )
     add("--dry-run", action="store_true", help="say what would be read")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    for name in ("tokens", "tolerance", "config_file", "batch_size"):
+        if options.logits is None and getattr(options, name) not in (None, ()):
+            parser.error(f"--{name} is for a comparison of logits; add --logits OTHER, or leave it out")
+    return options
 
 
 if __name__ == "__main__":

@@ -44,6 +44,12 @@ def parse_arguments(argv: list[str]) -> "ChatOptions":
     add("--workers", type=positive, default=1, help="accepted; the tokenizer uses threads of its own")
     add("--log-interval", type=positive, default=1000, help="lines between updates of the progress bar")
     options = vars(parser.parse_args(argv))
+    clashes = (("no_mask", "for_rm"), ("no_mask", "only_last"), ("for_rm", "only_last"))
+    for flags in (pair for pair in clashes if all(options[flag] for flag in pair)):
+        one, other = (f"--{flag.replace('_', '-')}" for flag in flags)
+        parser.error(f"{one} and {other} label different tokens; leave one of them out")
+    if options["binary_reward"] and options["reward_key"] is None:
+        parser.error("--binary-reward is about the rewards of --reward-key; name their field, or leave it out")
     del options["dataset_impl"], options["workers"]
     from neox.data.chat import ChatOptions
     from neox.data.documents import input_paths

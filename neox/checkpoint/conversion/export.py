@@ -111,8 +111,10 @@ def _tokenizer(config: Config, asked: Export) -> ExportedTokenizer | None:
             raise CheckpointError(f"{error}; or leave the tokenizer out (--no_save_tokenizer)") from None
     try:
         return special_tokens(config.tokenizer, pad_token_id=asked.pad_token_id)
-    except UserError:
-        return None  # a run's tokenizer is not always at hand, and was not asked for
+    except UserError as error:  # a run's tokenizer is not always at hand, and was not asked for
+        logger.warning("config.json names no tokens that begin or end a text: %s", error)
+        ids: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None}
+        return ExportedTokenizer({}, ids if asked.pad_token_id is None else ids | {"pad_token_id": asked.pad_token_id})
 
 
 def check_exportable(config: Config) -> None:
@@ -140,15 +142,16 @@ def export_beside(folder: Path, config: Config) -> None:
         CheckpointError: it cannot be written, or computes something else.
     """
     weights = merged(NativeReader(folder))
-    asked = Export(save_tokenizer=_has_tokenizer_files(config))
+    asked = Export(save_tokenizer=not lacking_tokenizer(config))
     *_, last = export(weights, config, folder / BESIDE, asked, name=Path(config.checkpoint.save or folder).name)
     if last.startswith(NOT_COMPARED):
         logger.warning("%s: %s", BESIDE, last)
 
 
-def _has_tokenizer_files(config: Config) -> bool:
+def lacking_tokenizer(config: Config) -> str:
+    """Why `export_beside` leaves the tokenizer out; empty where it does not."""
     try:
-        _tokenizer(config, Export())
-    except UserError:
-        return False
-    return True
+        export_tokenizer(config.tokenizer, model_max_length=config.model.max_position_embeddings)
+    except UserError as error:
+        return str(error)
+    return ""

@@ -1,9 +1,20 @@
 """GPT-2 and the dense form of GPT-3."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from neox.checkpoint.huggingface.family import Family, Module, shared
-from neox.checkpoint.huggingface.fields import Activation, AllHeads, Always, Only, Opposite, Plain, Positions, Width
+from neox.checkpoint.huggingface.fields import (
+    Activation,
+    AllHeads,
+    Always,
+    Field,
+    Only,
+    Opposite,
+    Plain,
+    Positions,
+    Width,
+)
 from neox.checkpoint.huggingface.layouts import Same, StackedQKV, Transposed
 from neox.config import ModelConfig
 
@@ -23,6 +34,14 @@ def _modules(config: ModelConfig) -> Mapping[str, Module]:
         "norm": Module.at("transformer.ln_f"),
         "final_linear": Module.at("lm_head"),
     }
+
+
+class _EmbeddingDropout(Field):
+    """Dropout of the embeddings, which is that of the residual here; absent, it is 0.1 in transformers."""
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        """See Field."""
+        return {"embd_pdrop": config.hidden_dropout}
 
 
 GPT2 = Family(
@@ -52,6 +71,7 @@ GPT2 = Family(
         Only("reorder_and_upcast_attn", False, False),
         Opposite("tie_word_embeddings", "no_weight_tying", True),
         Plain("resid_pdrop", "hidden_dropout", 0.1),
+        _EmbeddingDropout(),
         Plain("attn_pdrop", "attention_dropout", 0.1),
         Plain("initializer_range", "init_method_std", 0.02),
     ),

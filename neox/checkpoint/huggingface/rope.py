@@ -72,8 +72,9 @@ class Rotary(Field):
         if rope["rope_type"] not in ("default", *SCALINGS):
             known = ", ".join(SCALINGS)
             return f"rotary positions are of type {rope['rope_type']}; only default, {known} can be read"
-        if not self.share and rope.get("partial_rotary_factor", 1) != 1:
-            return f"partial_rotary_factor is {rope['partial_rotary_factor']}; only 1 can be read"
+        share = rope.get("partial_rotary_factor", content.get("partial_rotary_factor")) or 1
+        if not self.share and share != 1:
+            return f"partial_rotary_factor is {share}; only 1 can be read"
         return ""
 
 

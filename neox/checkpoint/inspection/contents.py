@@ -72,7 +72,7 @@ def selected(readers: Sequence[WeightReader], *, match: str = "", attributes: Se
         attributes: layers or tensors, `/` being as good as `.` in their names; none for all.
 
     Raises:
-        ConfigError: `match` is no regular expression.
+        ConfigError: `match` is no regular expression, or no tensor is meant by it or by one of `attributes`.
     """
     try:
         pattern = re.compile(match)
@@ -80,6 +80,11 @@ def selected(readers: Sequence[WeightReader], *, match: str = "", attributes: Se
         raise ConfigError(f"--match {match}: no regular expression ({error}); put a backslash before signs") from None
     wanted = [attribute.replace("/", ".").strip(".") + "." for attribute in attributes]
     names = dict.fromkeys(name for reader in readers for name in reader.names() if pattern.search(name))
+    if not names and match:
+        raise ConfigError(f"--match {match}: no tensor has such a name; run without it to see all names")
+    for attribute, prefix in zip(attributes, wanted, strict=True):
+        if not any(f"{name}.".startswith(prefix) for name in names):
+            raise ConfigError(f"--attributes {attribute}: no such tensor or layer; run without it to see all names")
     return [name for name in names if not wanted or any(f"{name}.".startswith(prefix) for prefix in wanted)]
 
 

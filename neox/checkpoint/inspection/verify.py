@@ -1,5 +1,6 @@
 """Whether a checkpoint of any format is whole, and whether two of them compute the same."""
 
+import logging
 import math
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,8 @@ from neox.checkpoint.weights import check_shape, missing_tensor
 from neox.choices import LOGITS_BATCH_SIZE
 from neox.errors import CheckpointError, UserError
 from neox.model.build import meta_decoder
+
+logger = logging.getLogger(__name__)
 
 TOLD_BY_TENSORS = (NativeReader, MergedWeights, UpstreamReader)
 """Readers that take shapes from where the tensors are."""
@@ -124,9 +127,12 @@ def _model_damages(folder: Path) -> list[str]:
     try:
         reader = merged(open_checkpoint(folder))
         shapes = reader.shapes()
-        expected = dict(meta_decoder(model_config_of(reader)).named_parameters()) if saved_keys(reader) else {}
+        is_described = bool(saved_keys(reader))
+        expected = dict(meta_decoder(model_config_of(reader)).named_parameters()) if is_described else {}
     except UserError as error:
         return str(error).splitlines()
+    if not is_described:
+        logger.warning("%s: does not say what its model is, so no tensor can be found to be missing", folder)
     found = []
     for name in progress_bar(expected, {name: p.numel() for name, p in expected.items()}, "reading"):
         try:

@@ -70,7 +70,7 @@ def plain_states(saved: Mapping[str, Any], groups: Sequence[Shapes], source: obj
     numbers = [list(group["params"]) for group in inner["param_groups"]]
     if "fp32_groups_flat" in saved:
         vectors = {MASTER: [as_part(vector) for vector in saved["fp32_groups_flat"]]}
-        vectors |= _vectors(inner, len(numbers), found)
+        vectors |= _vectors(inner, len(numbers), found, source)
         for state, by_group in vectors.items():
             for vector, shapes in zip(by_group, groups, strict=True):
                 _enter(found, state, _consecutive(shapes, [vector]), shapes, source)
@@ -102,7 +102,7 @@ def zero_states(state: Mapping[str, Any], partitions: Sequence[Mapping[str, Any]
     if "fp32_flat_groups" in partitions[0]:
         count = len(partitions[0]["fp32_flat_groups"])
         by_rank = [
-            _with_masters(partition, "fp32_flat_groups", partition["optimizer_state_dict"], count, found)
+            _with_masters(partition, "fp32_flat_groups", partition["optimizer_state_dict"], count, found, source=source)
             for partition in partitions
         ]
         shapes = merged_shapes(state)
@@ -114,7 +114,7 @@ def zero_states(state: Mapping[str, Any], partitions: Sequence[Mapping[str, Any]
     groups, is_dealt = state.get("param_shapes"), _is_dealt(state)
     if key not in partitions[0] or not groups:
         raise CheckpointError(f"{source}: its optimizer state is of a DeepSpeed before 0.5; {NO_STATE}")
-    by_rank = [_with_masters(p, key, p["base_optimizer_state"], len(groups), found) for p in partitions]
+    by_rank = [_with_masters(p, key, p["base_optimizer_state"], len(groups), found, source=source) for p in partitions]
     for name_of_state in by_rank[0]:
         for number, shapes in enumerate(groups):
             vectors = [rank[name_of_state][number] for rank in by_rank]
@@ -159,21 +159,28 @@ def scaler_fields(saved: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _with_masters(
-    partition: Mapping[str, Any], key: str, inner: Any, count: int, found: RankStates
+    partition: Mapping[str, Any], key: str, inner: Any, count: int, found: RankStates, *, source: object
 ) -> dict[str, list[Flat]]:
     """Vectors of every state of one data-parallel rank."""
-    return {MASTER: [as_part(vector) for vector in partition[key]]} | _vectors(inner, count, found)
+    return {MASTER: [as_part(vector) for vector in partition[key]]} | _vectors(inner, count, found, source)
 
 
-def _vectors(inner: Any, count: int, found: RankStates) -> dict[str, list[Flat]]:
-    """Vectors of an optimizer that has one for each group, by state; nothing before its first step."""
+def _vectors(inner: Any, count: int, found: RankStates, source: object) -> dict[str, list[Flat]]:
+    """Vectors of an optimizer that has one for each group, by state; nothing before its first step.
+
+    Raises:
+        CheckpointError: some groups have state and others do not, so what there is would be passed over.
+    """
     if isinstance(inner, list):  # `elastic_checkpoint`
         entries = inner
     else:
         numbers = [number for group in inner["param_groups"] for number in group["params"]]
         entries = [_state_of(inner, number, found) for number in numbers]
-    if len(entries) != count or not all(entries):
+    if not any(entries):
         return {}
+    if len(entries) != count or not all(entries):
+        some = sum(map(bool, entries))
+        raise CheckpointError(f"{source}: its optimizer state is that of {some} of {count} groups; {NO_STATE}")
     for entry in entries:
         found.step = max(found.step, _number(entry.get("step", 0)))
     return {
