@@ -76,7 +76,8 @@ class Memory(Protocol):
         """Add to `after`, where the run stands after a step from `before`, what that step brought.
 
         Args:
-            before, after: where the run stood and stands.
+            before: where the run stood.
+            after: where it stands.
             tokens: see `Step`.
         """
 
