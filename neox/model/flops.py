@@ -10,13 +10,13 @@ to on average:
     query_key_value   2 D Q         scores q k^T      2 A D        linear1   2 D G F
     dense             2 D D         weighted values   2 A D        linear2   2 F D
 
-and 2 D V for the head. In a block with E experts, of which a token goes to C, the router takes 2 D E, and linear1 and
-linear2 count C times. The head of a reward model is 2 D. Shared keys and values do not change the work of attention: each query head still meets
-all its keys. A is S for full attention (what a kernel without causal skipping computes, and the usual definition
-of model FLOPs in papers) and (S + 1) / 2 for causal attention (what the model needs). Where a sliding window lets
-a query see W < S keys, its own included, they are W, and W (1 - (W - 1) / 2S). The backward pass takes two products
-for each forward one, by the inputs and by the weights: twice the forward FLOPs. LoRA trains no matrix, which leaves each
-but those of attention one product. (The very first of these has none, as nothing below it is trained.)
+and 2 D V for the head, 2 D for that of a reward model. In a block with E experts, of which a token goes to C, the
+router takes 2 D E, and linear1 and linear2 count C times. Shared keys and values do not change the work of attention:
+each query head still meets all its keys. A is S for full attention (what a kernel without causal skipping computes, and
+the usual definition of model FLOPs in papers) and (S + 1) / 2 for causal attention (what the model needs). Where a
+sliding window lets a query see W < S keys, its own included, they are W, and W (1 - (W - 1) / 2S). The backward pass
+takes two products for each forward one, by the inputs and by the weights: twice the forward FLOPs. LoRA trains no
+matrix, which leaves each product but those of attention one. (The very first has none, as nothing below it is trained.)
 """
 
 from dataclasses import dataclass
