@@ -164,8 +164,10 @@ def _check_division(
     deepspeed: DeepSpeedConfig, stage: int, problems: Problems, notices: list[str], *, in_bf16: bool
 ) -> None:
     """Check that DeepSpeed divides gradients as asked at this ZeRO stage, and that it can."""
-    key, factor = "gradient_predivide_factor", deepspeed.gradient_predivide_factor
-    if deepspeed.prescale_gradients:
+    extra = deepspeed.deepspeed_extra_args or {}
+    key = "gradient_predivide_factor"
+    factor = extra.get(key, deepspeed.gradient_predivide_factor)
+    if extra.get("prescale_gradients", deepspeed.prescale_gradients):
         if factor != 1.0:
             notices.append(f"{key} has no effect: prescale_gradients divides by the number of ranks before the sum")
         key = "prescale_gradients"
@@ -173,10 +175,12 @@ def _check_division(
         return
     elif stage == 3:
         # Where it is the number of data ranks DeepSpeed never multiplies by it again.
-        problems.add(key, f"{factor:g} can leave gradients divided by it at ZeRO 3; remove it")
+        problems.add(key, f"{factor} can leave gradients divided by it at ZeRO 3; remove it")
         return
-    is_scattered = (deepspeed.zero_optimization or {}).get("reduce_scatter", True)
-    if stage > 0 and is_scattered and not (stage == 1 and in_bf16):  # which has an optimizer of its own
+    zero = {**(deepspeed.zero_optimization or {}), **(extra.get("zero_optimization") or {})}
+    if (
+        stage > 0 and zero.get("reduce_scatter", True) and not (stage == 1 and in_bf16)
+    ):  # which has an optimizer of its own
         problems.add(key, f"ZeRO {stage} cannot do it while it scatters; set zero_optimization.reduce_scatter: false")
 
 

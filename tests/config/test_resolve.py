@@ -97,6 +97,10 @@ def test_world_size_that_does_not_divide() -> None:
         (
             # Measured with two data ranks and reduce_scatter: false: gradients of half the size.
             {"gradient_predivide_factor": 2, "zero_optimization": {"stage": 3, "reduce_scatter": False}},
+            "gradient_predivide_factor: 2.0 can leave gradients divided by it at ZeRO 3; remove it",
+        ),
+        (
+            {"deepspeed_extra_args": {"gradient_predivide_factor": 2}, "zero_optimization": {"stage": 3}},
             "gradient_predivide_factor: 2 can leave gradients divided by it at ZeRO 3; remove it",
         ),
         (
@@ -106,6 +110,14 @@ def test_world_size_that_does_not_divide() -> None:
         (
             {"prescale_gradients": True, "zero_optimization": {"stage": 1}},
             "prescale_gradients: ZeRO 1 cannot do it while it scatters; set zero_optimization.reduce_scatter: false",
+        ),
+        (
+            {"deepspeed_extra_args": {"gradient_allreduce_op": "sum"}},
+            "deepspeed_extra_args.gradient_allreduce_op: 'sum' trains wrongly: a loss here has the share",
+        ),
+        (
+            {"deepspeed_extra_args": {"managed_gradient_accumulation": False}},
+            "deepspeed_extra_args.managed_gradient_accumulation: False trains wrongly: micro-batches are added",
         ),
         ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage: expected 0, 1, 2 or 3, got 4"),
         ({"pipe_partition_method": "magic"}, "pipe_partition_method: 'magic' is unknown"),
@@ -150,6 +162,11 @@ def test_rule_is_told_in_one_line(changes: dict[str, Any], expected: str) -> Non
         {"gradient_predivide_factor": 2, "zero_optimization": {"stage": 2, "reduce_scatter": False}},
         {"gradient_predivide_factor": 2, "bf16": {"enabled": True}, "zero_optimization": {"stage": 1}},
         {"prescale_gradients": True, "zero_optimization": {"stage": 3, "reduce_scatter": False}},
+        {
+            "prescale_gradients": True,
+            "deepspeed_extra_args": {"zero_optimization": {"reduce_scatter": False, "stage": 1}},
+        }
+        | {"zero_optimization": {"stage": 1}},
     ],
 )
 def test_gradients_are_divided_where_that_works(changes: dict[str, Any]) -> None:
