@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> None:
         "non_embedding": count.non_embedding,
         "active": count.active,
         "padded_vocab_size": model.padded_vocab_size,
-        "train_flops_per_token": flops_per_token(model, causal=False).model,
+        "train_flops_per_token": flops_per_token(model, causal=False, frozen=config.lora.is_on).model,
         "per_layer": count.per_layer,
     }
     if options.json:

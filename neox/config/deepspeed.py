@@ -29,9 +29,17 @@ class DeepSpeedConfig(Section):
     fp32_allreduce: bool = setting(
         False, "Reduce gradients in fp32.", rule="Covers gradients; sums over tensor ranks stay in the model's type."
     )
-    prescale_gradients: bool = setting(False, "Divide gradients before they are reduced.")
+    prescale_gradients: bool = setting(
+        False,
+        "Divide gradients by the number of ranks before they are summed, not after.",
+        rule="At ZeRO 1 to 3 needs zero_optimization.reduce_scatter: false.",
+    )
     gradient_predivide_factor: Float = setting(
-        1.0, "Factor of prescale_gradients.", gt=0, rule="Used with prescale_gradients."
+        1.0,
+        "Divide gradients by this before they are summed, and by the rest of the number of ranks after.",
+        gt=0,
+        rule="Not used with prescale_gradients. At ZeRO 1 and 2 needs zero_optimization.reduce_scatter: false; at ZeRO "
+        "3 it is 1.",
     )
     dump_state: bool = setting(False, "Print DeepSpeed's state at the start.")
     flops_profiler: _Mapping | None = setting(None, "DeepSpeed's profiler of operations.")

@@ -32,7 +32,8 @@ class PreferenceConfig(Section):
         "mse",
         "REINFORCE's estimate of a token's divergence from the reference, d being the difference of log-probabilities: "
         "|d|, d^2 / 2, d, or the true divergence over the vocabulary.",
-        rule="full holds the logits of a whole micro-batch, of the model and of the reference.",
+        rule="full holds the logits of a whole micro-batch, of the model and of the reference. d has no gradient in "
+        "expectation: it is measured and does not hold the model back.",
     )
     kl_div_beta: Float = setting(
         0.1, "Weight of the divergence in REINFORCE.", ge=0, rule="At 0 no reference is loaded."

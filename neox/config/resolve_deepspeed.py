@@ -20,6 +20,14 @@ from neox.config.model import ModelConfig
 from neox.config.problems import Problems, did_you_mean
 
 _MUST_SAY_ENABLED = ("fp16", "bf16", "flops_profiler")
+_ONE_VALUE: dict[str, tuple[Any, str]] = {
+    "gradient_allreduce_op": (
+        "mean",
+        "a loss here has the share of its rank in it, and a sum would multiply gradients",
+    ),
+    "managed_gradient_accumulation": (True, "micro-batches are added up by DeepSpeed"),
+}
+"""Keys with which DeepSpeed would make other updates of the same batch: the value that is right here, and why."""
 _SPELLINGS = {"fp16": ("fp16", "float16"), "bf16": ("bf16", "bfloat16")}
 
 
@@ -69,9 +77,11 @@ def _with_old_bf16(
 
 def _check_extra(extra: dict[str, Any], problems: Problems) -> None:
     """Refuse what DeepSpeed would not read, or for nothing."""
-    for key in map(str, extra):
+    for key, value in ((str(key), value) for key, value in extra.items()):
         place = f"deepspeed_extra_args.{key}"
-        if key in OWN_KEYS:
+        if key in _ONE_VALUE and value != _ONE_VALUE[key][0]:
+            problems.add(place, f"{value!r} trains wrongly: {_ONE_VALUE[key][1]}; remove it")
+        elif key in OWN_KEYS:
             problems.add(place, f"is a key of its own; set {key} beside deepspeed_extra_args")
         elif key == "ssh_port":
             problems.add(place, "is no setting of the engine; give the hosts their Port in ~/.ssh/config")

@@ -153,10 +153,35 @@ def _zero_stage(
         notices.append(
             f"fp32_allreduce: gradients are reduced in fp32; sums over tensor ranks stay in {model.precision}"
         )
-    if layout.runs_as is None or layout.runs_as == asked:
-        return int(asked)
-    notices.append(f"zero_optimization.stage {asked} runs as stage {layout.runs_as}: {layout.reason}")
-    return layout.runs_as
+    stage = int(asked) if layout.runs_as is None else layout.runs_as
+    if stage != asked:
+        notices.append(f"zero_optimization.stage {asked} runs as stage {stage}: {layout.reason}")
+    _check_division(deepspeed, stage, problems, notices, in_bf16=model.precision == "bfloat16")
+    return stage
+
+
+def _check_division(
+    deepspeed: DeepSpeedConfig, stage: int, problems: Problems, notices: list[str], *, in_bf16: bool
+) -> None:
+    """Check that DeepSpeed divides gradients as asked at this ZeRO stage, and that it can."""
+    extra = deepspeed.deepspeed_extra_args or {}
+    key = "gradient_predivide_factor"
+    factor = extra.get(key, deepspeed.gradient_predivide_factor)
+    if extra.get("prescale_gradients", deepspeed.prescale_gradients):
+        if factor != 1.0:
+            notices.append(f"{key} has no effect: prescale_gradients divides by the number of ranks before the sum")
+        key = "prescale_gradients"
+    elif factor == 1.0:
+        return
+    elif stage == 3:
+        # Where it is the number of data ranks DeepSpeed never multiplies by it again.
+        problems.add(key, f"{factor} can leave gradients divided by it at ZeRO 3; remove it")
+        return
+    zero = {**(deepspeed.zero_optimization or {}), **(extra.get("zero_optimization") or {})}
+    if (
+        stage > 0 and zero.get("reduce_scatter", True) and not (stage == 1 and in_bf16)
+    ):  # which has an optimizer of its own
+        problems.add(key, f"ZeRO {stage} cannot do it while it scatters; set zero_optimization.reduce_scatter: false")
 
 
 def resolve_batch(

@@ -10,12 +10,13 @@ to on average:
     query_key_value   2 D Q         scores q k^T      2 A D        linear1   2 D G F
     dense             2 D D         weighted values   2 A D        linear2   2 F D
 
-and 2 D V for the head. In a block with E experts, of which a token goes to C, the router takes 2 D E, and linear1 and
-linear2 count C times. Shared keys and values do not change the work of attention: each query head still meets
-all its keys. A is S for full attention (what a kernel without causal skipping computes, and the usual definition
-of model FLOPs in papers) and (S + 1) / 2 for causal attention (what the model needs). Where a sliding window lets
-a query see W < S keys, its own included, they are W, and W (1 - (W - 1) / 2S). The backward pass takes two products
-for each forward one, by the inputs and by the weights: twice the forward FLOPs.
+and 2 D V for the head, 2 D for that of a reward model. In a block with E experts, of which a token goes to C, the
+router takes 2 D E, and linear1 and linear2 count C times. Shared keys and values do not change the work of attention:
+each query head still meets all its keys. A is S for full attention (what a kernel without causal skipping computes, and
+the usual definition of model FLOPs in papers) and (S + 1) / 2 for causal attention (what the model needs). Where a
+sliding window lets a query see W < S keys, its own included, they are W, and W (1 - (W - 1) / 2S). The backward pass
+takes two products for each forward one, by the inputs and by the weights: twice the forward FLOPs. LoRA trains no
+matrix, which leaves each product but those of attention one. (The very first has none, as nothing below it is trained.)
 """
 
 from dataclasses import dataclass
@@ -32,10 +33,12 @@ class TokenFlops:
     Attributes:
         blocks: forward pass of all transformer blocks.
         head: forward pass of the output projection.
+        frozen: of both, products with weights that are not trained.
     """
 
     blocks: float
     head: float
+    frozen: float = 0.0
 
     @property
     def forward(self) -> float:
@@ -45,7 +48,7 @@ class TokenFlops:
     @property
     def backward(self) -> float:
         """One backward pass."""
-        return 2 * self.forward
+        return 2 * self.forward - self.frozen
 
     @property
     def model(self) -> float:
@@ -57,12 +60,13 @@ class TokenFlops:
         return self.model + (self.blocks if checkpoint_activations else 0.0)
 
 
-def flops_per_token(config: "ModelConfig", *, causal: bool) -> TokenFlops:
+def flops_per_token(config: "ModelConfig", *, causal: bool, frozen: bool = False) -> TokenFlops:
     """Count the FLOPs per token of sequences of `seq_length` tokens.
 
     Args:
         config: shapes; `padded_vocab_size` must be resolved.
         causal: count only the keys that a causal query sees, (S + 1) / 2 on average, instead of all S.
+        frozen: whether no matrix is trained, as with LoRA.
     """
     assert config.padded_vocab_size is not None, "the vocabulary must be resolved before FLOPs are counted"
     hidden = config.hidden_size
@@ -73,11 +77,10 @@ def flops_per_token(config: "ModelConfig", *, causal: bool) -> TokenFlops:
     with_experts = len(config.expert_layers)
     mlps = mlp * (config.num_layers - with_experts + config.moe_top_k * with_experts)
     routers = 2 * hidden * config.moe_num_experts * with_experts
-    attention = 2 * keys * hidden + 2 * keys * hidden
-    return TokenFlops(
-        blocks=float(linears + mlps + routers + config.num_layers * attention),
-        head=float(2 * hidden * config.padded_vocab_size),
-    )
+    products = linears + mlps + routers
+    attention = config.num_layers * (2 * keys * hidden + 2 * keys * hidden)
+    head = 2 * hidden * (1 if config.has_reward_head else config.padded_vocab_size)
+    return TokenFlops(float(products + attention), float(head), frozen=float(products + head) if frozen else 0.0)
 
 
 def keys_per_query(length: int, *, window: int | None, causal: bool) -> float:

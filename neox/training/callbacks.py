@@ -45,6 +45,7 @@ class Metrics:
         self.log = log
         self.peak = config.logging.peak_theoretical_tflops or _device_peak(config, mesh)
         self.has_warned_of_empty = False
+        self.rows = 2 if config.comparison.is_pairwise else 1  # of a sample, which may be a pair
         self._restart()
 
     def _restart(self) -> None:
@@ -113,11 +114,11 @@ class Metrics:
     def _speed(self) -> Throughput:
         return Throughput(
             samples=self.samples.total(),
-            tokens=sum(samples * length for length, samples in self.samples.items()),
+            tokens=self.rows * sum(samples * length for length, samples in self.samples.items()),
             steps=len(self.losses),
             seconds=time.perf_counter() - self.since,
             devices=self.mesh.world_size,
-            flops=mean_flops(self.config.model, self.samples),
+            flops=mean_flops(self.config.model, self.samples, frozen=self.config.lora.is_on),
             checkpoint_activations=self.config.training.checkpoint_activations,
             peak_tflops=self.peak,
         )
@@ -127,7 +128,7 @@ def _mean(values: list[torch.Tensor], steps: list[int]) -> float:
     return float(torch.stack([values[step] for step in steps]).mean())
 
 
-def mean_flops(model: ModelConfig, samples: Mapping[int, int]) -> TokenFlops:
+def mean_flops(model: ModelConfig, samples: Mapping[int, int], *, frozen: bool = False) -> TokenFlops:
     """FLOPs per token over samples of several lengths.
 
     Attention counts as full, the definition of most published figures (Chowdhery et al. 2022; Narayanan et al. 2021).
@@ -135,13 +136,14 @@ def mean_flops(model: ModelConfig, samples: Mapping[int, int]) -> TokenFlops:
     Args:
         model: the shapes.
         samples: number of samples by their length in tokens.
+        frozen: see `flops_per_token`.
     """
     tokens = sum(length * count for length, count in samples.items())
-    blocks, head = 0.0, 0.0
+    blocks, head, still = 0.0, 0.0, 0.0
     for length, count in samples.items():
-        flops = flops_per_token(model.model_copy(update={"seq_length": length}), causal=False)
-        blocks, head = blocks + flops.blocks * length * count / tokens, flops.head
-    return TokenFlops(blocks=blocks, head=head)
+        flops = flops_per_token(model.model_copy(update={"seq_length": length}), causal=False, frozen=frozen)
+        blocks, head, still = blocks + flops.blocks * length * count / tokens, flops.head, flops.frozen
+    return TokenFlops(blocks=blocks, head=head, frozen=still)
 
 
 def _device_peak(config: Config, mesh: Mesh) -> float | None:

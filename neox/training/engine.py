@@ -43,9 +43,16 @@ class Engine(ABC):
     def train_step(self, batch: GlobalBatch) -> torch.Tensor:
         """Forward, backward and update over all micro-batches; return the mean loss, fp32 scalar on the device."""
 
-    @abstractmethod
     def evaluate(self, batch: GlobalBatch) -> torch.Tensor:
         """Mean loss over all micro-batches of all ranks without an update, fp32 scalar on the device."""
+        from neox.training.metrics.timers import untimed
+
+        with untimed(self.deepspeed):
+            return self._evaluate(batch)
+
+    @abstractmethod
+    def _evaluate(self, batch: GlobalBatch) -> torch.Tensor:
+        """What `evaluate` gives."""
 
     @abstractmethod
     def loss_before_update(self) -> torch.Tensor | None:

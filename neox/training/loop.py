@@ -72,14 +72,20 @@ class Endless:
 class Memory(Protocol):
     """What a run remembers of its steps beside how many there were."""
 
-    def remember(self, before: Progress, after: Progress) -> Progress:
-        """Add to `after`, where the run stands after a step from `before`, what that step brought."""
+    def remember(self, before: Progress, after: Progress, tokens: torch.Tensor) -> Progress:
+        """Add to `after`, where the run stands after a step from `before`, what that step brought.
+
+        Args:
+            before: where the run stood.
+            after: where it stands.
+            tokens: see `Step`.
+        """
 
 
 class Forgetful:
     """Nothing is remembered."""
 
-    def remember(self, before: Progress, after: Progress) -> Progress:
+    def remember(self, before: Progress, after: Progress, tokens: torch.Tensor) -> Progress:
         """See Memory."""
         return after
 
@@ -143,7 +149,7 @@ def training_loop(run: Run, progress: Progress, callbacks: Sequence[Callback]) -
             consumed_samples=advance(progress.consumed_samples, batch.samples, progress.left_out),
             schedule_step=progress.schedule_step + (not skipped),
         )
-        progress = run.memory.remember(progress, after)
+        progress = run.memory.remember(progress, after, batch.token_count)
         is_last = run.ending.is_due(progress) or progress.iteration >= run.iterations
         step = Step(
             progress,

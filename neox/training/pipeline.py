@@ -58,7 +58,7 @@ class PipelineEngine(Engine):
         engine = self.deepspeed
         return engine.total_loss / engine.gradient_accumulation_steps() if engine.is_last_stage() else None
 
-    def evaluate(self, batch: GlobalBatch) -> torch.Tensor:
+    def _evaluate(self, batch: GlobalBatch) -> torch.Tensor:
         """See Engine."""
         count = len(batch.micro_batches)
         self._expect(batch)

@@ -80,7 +80,7 @@ class PlainEngine(Engine):
         """See Engine."""
         return torch.stack(self._losses).mean()
 
-    def evaluate(self, batch: GlobalBatch) -> torch.Tensor:
+    def _evaluate(self, batch: GlobalBatch) -> torch.Tensor:
         """See Engine."""
         self.deepspeed.eval()
         with torch.no_grad():

@@ -94,6 +94,31 @@ def test_world_size_that_does_not_divide() -> None:
             {"zero_optimization": {"stage": 1, "overlap_com": True}},
             "zero_optimization.overlap_com: unknown key; did you mean 'overlap_comm'?",
         ),
+        (
+            # Measured with two data ranks and reduce_scatter: false: gradients of half the size.
+            {"gradient_predivide_factor": 2, "zero_optimization": {"stage": 3, "reduce_scatter": False}},
+            "gradient_predivide_factor: 2.0 can leave gradients divided by it at ZeRO 3; remove it",
+        ),
+        (
+            {"deepspeed_extra_args": {"gradient_predivide_factor": 2}, "zero_optimization": {"stage": 3}},
+            "gradient_predivide_factor: 2 can leave gradients divided by it at ZeRO 3; remove it",
+        ),
+        (
+            {"gradient_predivide_factor": 2, "zero_optimization": {"stage": 2}},
+            "gradient_predivide_factor: ZeRO 2 cannot do it while it scatters; set zero_optimization.reduce_scatter",
+        ),
+        (
+            {"prescale_gradients": True, "zero_optimization": {"stage": 1}},
+            "prescale_gradients: ZeRO 1 cannot do it while it scatters; set zero_optimization.reduce_scatter: false",
+        ),
+        (
+            {"deepspeed_extra_args": {"gradient_allreduce_op": "sum"}},
+            "deepspeed_extra_args.gradient_allreduce_op: 'sum' trains wrongly: a loss here has the share",
+        ),
+        (
+            {"deepspeed_extra_args": {"managed_gradient_accumulation": False}},
+            "deepspeed_extra_args.managed_gradient_accumulation: False trains wrongly: micro-batches are added",
+        ),
         ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage: expected 0, 1, 2 or 3, got 4"),
         ({"pipe_partition_method": "magic"}, "pipe_partition_method: 'magic' is unknown"),
         ({"min_lr": 0.1}, "min_lr: 0.1 is above optimizer.params.lr 0.001"),
@@ -128,6 +153,30 @@ def test_rule_is_told_in_one_line(changes: dict[str, Any], expected: str) -> Non
     text = message(**changes)
     assert text.startswith(expected)
     assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gradient_predivide_factor": 2},
+        {"gradient_predivide_factor": 2, "zero_optimization": {"stage": 2, "reduce_scatter": False}},
+        {"gradient_predivide_factor": 2, "bf16": {"enabled": True}, "zero_optimization": {"stage": 1}},
+        {"prescale_gradients": True, "zero_optimization": {"stage": 3, "reduce_scatter": False}},
+        {
+            "prescale_gradients": True,
+            "deepspeed_extra_args": {"zero_optimization": {"reduce_scatter": False, "stage": 1}},
+        }
+        | {"zero_optimization": {"stage": 1}},
+    ],
+)
+def test_gradients_are_divided_where_that_works(changes: dict[str, Any]) -> None:
+    assert config_from_dict(sample(**changes), world_size=2).given.items() >= changes.items()
+
+
+def test_a_factor_beside_a_division_before_the_sum_is_announced() -> None:
+    config = config_from_dict(sample(gradient_predivide_factor=2, prescale_gradients=True), world_size=2)
+    notice = "gradient_predivide_factor has no effect: prescale_gradients divides by the number of ranks before the sum"
+    assert notice in config.notices
 
 
 @pytest.mark.parametrize(

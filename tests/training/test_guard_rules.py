@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from neox.checkpoint.native.manifest import Progress
 from neox.config.reliability import ReliabilityConfig
@@ -136,7 +137,8 @@ def test_steps_without_a_labelled_token_say_nothing_of_usual_losses(monkeypatch:
     engine = SimpleNamespace(config=SimpleNamespace(reliability=settings), loss_scale=None, skipped_last_step=False)
     guards = guard.Guards(engine, SimpleNamespace(ranges=[]), SimpleNamespace())  # type: ignore[arg-type]
     before = Progress()
-    for loss, norm in ((2.0, 1.0), (0.0, 0.0), (2.5, 0.0)):
+    # The third has a gradient all the same, that of a router's own loss.
+    for loss, norm, tokens in ((2.0, 1.0, 8.0), (0.0, 0.0, 0.0), (0.0, 0.1, 0.0), (2.5, 0.0, 4.0)):
         assert not guards._is_left_out(loss, norm)
-        after = guards.remember(before, before)
+        after = guards.remember(before, before, torch.tensor(tokens))
     assert after.recent_losses == [2.0, 2.5]

@@ -12,8 +12,10 @@ from ranks import run_ranks
 from training.layouts import ADAMW, MODEL, TRAINING, allow_fp16_on_cpu
 
 from neox.config import config_from_dict
+from neox.training.engine import Engine
 from neox.training.metrics.monitors import GradientNoiseScale, NoiseAverage
 from neox.training.metrics.profiling import MemoryHistory
+from neox.training.metrics.timers import StepTimers
 from neox.training.run import train
 
 WATCH = {
@@ -183,6 +185,31 @@ def test_profile_times_and_copies(tmp_path: Path, corpus: str) -> None:
     lines = copy.read_text(encoding="utf-8").splitlines()
     assert sum("iteration        4/       4" in line for line in lines) == 1
     assert sum(line.startswith("time (ms) | forward: ") for line in lines) == 2
+
+
+class Timed(Engine):
+    """An engine whose passes do nothing but start and stop DeepSpeed's timer."""
+
+    def __init__(self) -> None:
+        self.deepspeed = SimpleNamespace(timers=StepTimers())
+
+    def train_step(self, batch: Any) -> torch.Tensor:
+        self.deepspeed.timers("fwd").start()
+        self.deepspeed.timers("fwd").stop()
+        return torch.zeros(())
+
+    _evaluate = train_step
+
+    def loss_before_update(self) -> None:
+        return None
+
+
+def test_an_evaluation_is_no_phase_of_a_step() -> None:
+    engine, batch = Timed(), SimpleNamespace()
+    engine.evaluate(batch)
+    assert engine.deepspeed.timers.take() == {}
+    engine.train_step(batch)
+    assert engine.deepspeed.timers.take().keys() == {"forward"}
 
 
 def test_memory_history_where_there_is_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

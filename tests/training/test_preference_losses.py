@@ -5,14 +5,18 @@ import math
 import pytest
 import torch
 
+from neox.config.preference import PreferenceConfig
 from neox.data.online import leave_one_out
 from neox.model.attention import PLAIN
 from neox.model.loss import Targets
-from neox.training.batches import ModelInputs
+from neox.parallel.mesh import Mesh
+from neox.training.batches import MicroBatch, ModelInputs, global_batch
 from neox.training.objectives.dpo import dpo_loss
-from neox.training.objectives.kto import kto_loss
-from neox.training.objectives.reinforce import divergence, full_divergence, reinforce_loss
+from neox.training.objectives.kto import KahnemanTversky, kto_loss
+from neox.training.objectives.objective import mean_figures
+from neox.training.objectives.reinforce import Reinforce, divergence, full_divergence, reinforce_loss
 from neox.training.objectives.reward import last_scored, reward_loss
+from neox.training.objectives.scores import Reference
 
 
 def sigmoid(x: float) -> float:
@@ -70,6 +74,40 @@ def test_ktos_reference_point_has_no_gradient() -> None:
     slope = sigmoid(1.0) * (1.0 - sigmoid(1.0)) / 2
     assert ratios.grad is not None
     assert ratios.grad.tolist() == pytest.approx([-slope, 0.0])
+
+
+def test_figures_of_a_token_are_means_over_the_tokens_of_the_step() -> None:
+    masks = torch.tensor([[[1, 0, 0], [0, 0, 0]], [[1, 1, 1], [0, 1, 1]], [[0, 0, 0], [0, 0, 0]]]).float()
+    tokens = torch.arange(18).view(3, 2, 3)
+    batch = global_batch([MicroBatch(t, t, m) for t, m in zip(tokens, masks, strict=True)], Mesh())
+    extras = {"rewards": torch.ones(2), "raw_rewards": torch.ones(2)}
+    reference = Reference(lambda tokens, labels, context: -0.5 * tokens)  # type: ignore[arg-type]
+    found = {}
+    for kind in (KahnemanTversky, Reinforce):
+        objective = kind(PreferenceConfig(kl_impl="abs"), torch.float32, reference, {})
+        rows = [row._replace(extras=extras) for row in batch.micro_batches]
+        steps = [objective(lambda tokens, labels, context: -1.0 * tokens, row)[1] for row in rows]
+        found |= {f"{kind.__name__} {name}": float(value) for name, value in mean_figures(steps, Mesh()).items()}
+    mean = float(tokens[masks > 0].float().mean())
+    wanted = {"KahnemanTversky kl": -mean / 2, "Reinforce kl": mean / 2, "Reinforce logp": -mean}
+    wanted["Reinforce ref_logp"] = -mean / 2
+    assert {name: found[name] for name in wanted} == pytest.approx(wanted, rel=1e-5)
+
+
+def test_which_penalties_have_a_gradient() -> None:
+    logits = torch.tensor([0.3, -1.0, 0.9], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64).log()
+    policy = torch.log_softmax(logits, dim=-1)
+    gap = policy - reference
+    wanted = {
+        "mse": (policy.exp() * gap).sum(),
+        "abs": (policy.exp() - reference.exp()).abs().sum(),
+        "kl": 0.0 * gap[0],
+    }
+    for kind, penalty in wanted.items():
+        sampled = (policy.exp().detach() * divergence(policy, reference, kind=kind)).sum()  # in expectation
+        slopes = [torch.autograd.grad(value, logits, retain_graph=True)[0] for value in (sampled, penalty)]
+        torch.testing.assert_close(*slopes, rtol=1e-9, atol=1e-12)
 
 
 def test_divergences() -> None:

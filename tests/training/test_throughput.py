@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from neox.config import config_from_dict
 from neox.model.flops import TokenFlops, flops_per_token
 from neox.model.layers import Decoder
+from neox.parallel.mesh import Mesh
+from neox.training.callbacks import Metrics, mean_flops
+from neox.training.metrics.loggers import MetricLog
 from neox.training.metrics.throughput import Throughput, device_peak_tflops
 
 DATA = Path(__file__).resolve().parents[1] / "data"
@@ -146,6 +150,33 @@ def test_torch_counts_the_same_products(family):
     flops = flops_per_token(config, causal=False)
     assert forward == flops.forward * 2 * 32
     assert counter.get_total_flops() == flops.model * 2 * 32
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_frozen_matrices_get_no_gradient(family):
+    keys = FAMILIES[family] | {"no_weight_tying": True}
+    config = shapes(layers=2, hidden=64, sequence=32, vocabulary=128, heads=4, **keys)
+    model, tokens = Decoder(config).requires_grad_(False), torch.randint(0, 128, (2, 32))
+    model.embedding.word_embeddings.weight.requires_grad_(True)  # so that gradients pass through every block
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(tokens).sum().backward()
+    assert counter.get_total_flops() == flops_per_token(config, causal=False, frozen=True).model * 2 * 32
+    assert mean_flops(config, {32: 2}, frozen=True) == flops_per_token(config, causal=False, frozen=True)
+
+
+PREFERENCES = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "seq_length": 16, "padded_vocab_size": 128}
+PREFERENCES |= {"train_micro_batch_size_per_gpu": 1, "dataset_impl": "pairwise", "pack_impl": "unpacked"}
+PREFERENCES |= {f"{side}_train_{kind}data_paths": ["x"] for side in ("pos", "neg") for kind in ("", "label_")}
+
+
+@pytest.mark.parametrize(("objective", "rows"), [("rm", 1), ("dpo", 128)])
+def test_the_speed_of_pairs(objective, rows):
+    config = config_from_dict(PREFERENCES | {"train_impl": objective}, world_size=None)
+    metrics = Metrics(SimpleNamespace(config=config, mesh=Mesh()), MetricLog())
+    metrics.samples[16] += 3
+    speed = metrics._speed()
+    assert (speed.samples, speed.tokens) == (3, 2 * 3 * 16)
+    assert speed.flops.head == 2 * 8 * rows
 
 
 def test_a_window_counts_the_keys_in_it():

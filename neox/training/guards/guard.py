@@ -56,7 +56,6 @@ class Guards:
         self.rules = Rules(self.settings, loss_scaler=engine.deepspeed.optimizer.loss_scaler if is_fp16 else None)
         self.iteration = 0
         self._loss = 0.0
-        self._is_empty = False
         self._finding: Finding | None = None
         self._in_a_row = 0
         self._samples = (0, 0)
@@ -73,14 +72,15 @@ class Guards:
         self._starts.clear()
         self._unjudged.clear()
 
-    def remember(self, before: Progress, after: Progress) -> Progress:
+    def remember(self, before: Progress, after: Progress, tokens: torch.Tensor) -> Progress:
         """Add to where the run stands after a step what it has to remember of it; see `loop.Memory`."""
         self.iteration = after.iteration
         self._passed_over = before.left_out
         self._samples = next(read_places(before.consumed_samples, before.left_out)), after.consumed_samples
         self._starts.append(self._samples[0])
         is_updated = self._finding is None and not self.engine.skipped_last_step
-        if is_updated and self.rules.need_every_loss and not self._is_empty:
+        # Without a labelled token the loss, 0, says nothing about usual losses.
+        if is_updated and self.rules.need_every_loss and tokens > 0:
             self.rules.note(self._loss)
         left_out = self.left_out.ranges
         if self._leaves_batch_out():
@@ -103,7 +103,6 @@ class Guards:
 
     def _is_left_out(self, loss: float, norm: float) -> bool:
         self._loss = loss
-        self._is_empty = loss == 0.0 and norm == 0.0  # no token was labelled, which says nothing about usual losses
         self._finding = self.rules.judge(loss, norm)
         return self._finding is not None
 

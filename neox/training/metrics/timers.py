@@ -2,6 +2,8 @@
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from deepspeed.utils.timer import NoopTimer, SynchronizedWallClockTimer
@@ -90,6 +92,16 @@ def install_timers(engine: Any, config: Config) -> None:
         engine.timers = NoopTimer()  # else the pipeline engine keeps two device events of every step for ever
     verbose = (config.deepspeed.comms_logger or {}).get("verbose")
     set_level(logging.INFO if prints or verbose else logging.WARNING)
+
+
+@contextmanager
+def untimed(engine: Any) -> Iterator[None]:
+    """Time nothing meanwhile: DeepSpeed times every forward pass, and that of an evaluation is no part of a step."""
+    timers, engine.timers = engine.timers, NoopTimer()
+    try:
+        yield
+    finally:
+        engine.timers = timers
 
 
 def set_level(level: int) -> None:

@@ -4,7 +4,7 @@ import torch
 
 from neox.training.batches import ModelInputs
 from neox.training.objectives.objective import Figures, Model
-from neox.training.objectives.scores import WithReference, token_scores
+from neox.training.objectives.scores import WithReference, token_mean, token_scores
 
 
 def kto_loss(
@@ -49,7 +49,6 @@ class KahnemanTversky(WithReference):
         )
         policy_B, reference_B = policy_BS.detach().sum(-1), reference_BS.sum(-1)
         gains_B = settings.kto_beta * rewards_B * ratios_B.detach()
-        tokens = (inputs.targets.weights_BS > 0).sum().clamp(min=1)
         figures = {
             "ref_logp": reference_B.mean(),
             "policy_logp": policy_B.mean(),
@@ -57,7 +56,7 @@ class KahnemanTversky(WithReference):
             "neg_ref_logp": (reference_B * (rewards_B < 0)).mean(),
             "pos_policy_logp": (policy_B * (rewards_B > 0)).mean(),
             "neg_policy_logp": (policy_B * (rewards_B < 0)).mean(),
-            "kl": ratios_B.detach().sum() / tokens,
+            "kl": token_mean(policy_BS - reference_BS, inputs),
             "reward_acc": (gains_B > 0).float().mean(),
             "policy_rewards": gains_B.mean(),
         }

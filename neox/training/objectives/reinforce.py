@@ -4,7 +4,7 @@ import torch
 
 from neox.training.batches import ModelInputs
 from neox.training.objectives.objective import Figures, Model
-from neox.training.objectives.scores import WithReference, scored, token_scores
+from neox.training.objectives.scores import WithReference, token_mean, token_scores
 
 
 def divergence(policy_BS: torch.Tensor, reference_BS: torch.Tensor, *, kind: str) -> torch.Tensor:
@@ -25,7 +25,10 @@ def full_divergence(policy_BSV: torch.Tensor, reference_BSV: torch.Tensor) -> to
 def reinforce_loss(
     policy_BS: torch.Tensor, advantages_B: torch.Tensor, divergence_BS: torch.Tensor | None, *, beta: float
 ) -> torch.Tensor:
-    """Loss of each token, [B, S], whose gradient in expectation is that of -reward + beta divergence.
+    """Loss of each token, [B, S], whose gradient in expectation is that of -reward + beta penalty.
+
+    Over the model's own tokens the penalty is KL(pi || pi_ref) for the divergences `mse` and `full`, and
+    sum |pi - pi_ref| for `abs`. That of `kl` has no gradient: the expectation of grad log pi is 0.
 
     Williams 1992, "Simple Statistical Gradient-Following Algorithms"; with the leave-one-out baseline Ahmadian et al.
     2024, "Back to Basics: Revisiting REINFORCE Style Optimization", section 3.
@@ -48,20 +51,19 @@ class Reinforce(WithReference):
 
     def __call__(self, model: Model, inputs: ModelInputs) -> tuple[torch.Tensor, Figures]:
         """See Objective."""
-        mask_BS, raw_B = scored(inputs), inputs.extras["raw_rewards"]
-        tokens = mask_BS.sum().clamp(min=1)
+        raw_B = inputs.extras["raw_rewards"]
         policy_BS, reference_BS, divergence_BS = self._scores(model, inputs)
         losses_BS = reinforce_loss(
             policy_BS, inputs.extras["rewards"], divergence_BS, beta=self.settings.kl_div_beta
         ).float()
         figures = {
-            "logp": (policy_BS.detach() * mask_BS).sum() / tokens,
+            "logp": token_mean(policy_BS, inputs),
             "reward": raw_B.mean(),
             "reward_std": raw_B.std(correction=0),
         }
         if reference_BS is not None and divergence_BS is not None:
-            figures["ref_logp"] = (reference_BS * mask_BS).sum() / tokens
-            figures["kl"] = (divergence_BS.detach() * mask_BS).sum() / tokens
+            figures["ref_logp"] = token_mean(reference_BS, inputs)
+            figures["kl"] = token_mean(divergence_BS, inputs)
         return (losses_BS * inputs.targets.weights_BS).sum(), figures
 
     def _scores(

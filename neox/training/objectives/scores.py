@@ -32,6 +32,19 @@ def token_scores(model: Model, inputs: ModelInputs, *, in_fp32: bool, dtype: tor
     return (scores_BS if in_fp32 else scores_BS.to(dtype).float()) * scored(inputs)
 
 
+def token_mean(values_BS: torch.Tensor, inputs: ModelInputs) -> torch.Tensor:
+    """Share of a micro-batch in the mean over the scored tokens of the step.
+
+    The weights carry the step's number of tokens, so the mean over micro-batches and ranks, as `mean_figures` takes it,
+    is the mean over tokens, however many of them each has.
+
+    Args:
+        values_BS: of each next token.
+        inputs: the micro-batch.
+    """
+    return (values_BS.detach() * inputs.targets.weights_BS).sum()
+
+
 class Reference:
     """A frozen copy of a model, whole on each tensor-parallel group, or the log-probabilities it has left on disk.
 
