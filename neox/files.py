@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
 from tempfile import TemporaryFile
@@ -104,6 +104,17 @@ def require_place(path: Path) -> None:
             raise OSError(errno.EINVAL, "it is no file", str(path))
         with TemporaryFile(dir=path.resolve().parent):
             pass
+
+
+def require_apart(path: Path, inputs: Iterable[str | Path]) -> None:
+    """Check that a file to write is none of those that are read, which it would replace; links are followed.
+
+    Raises:
+        UserError: it is one.
+    """
+    for given in inputs:
+        if path.exists() and Path(given).exists() and path.samefile(given):
+            raise UserError(f"{path}: is read too, and writing would replace it; name another file to write")
 
 
 @contextmanager

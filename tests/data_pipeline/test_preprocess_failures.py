@@ -168,6 +168,8 @@ def test_flags_that_cannot_be_meant_are_one_line(
         (("--vocab-size", -1), "--vocab-size: -1 is not a whole number of at least 1"),
         (("--output", "in.jsonl/t.json"), "in.jsonl/t.json: cannot be written (its parent is a file, not a folder"),
         (("--output", "."), "cannot be written (it is no file)"),
+        (("--output", "./in.jsonl"), "in.jsonl: is read too, and writing would replace it; name another file to write"),
+        (("--input", ".", "--output", "in.jsonl"), "in.jsonl: is read too, and writing would replace it"),
         (("--input", "empty.jsonl"), "empty.jsonl: no text; nothing to train on"),
         (("--input", "blank.txt"), "blank.txt: no text; nothing to train on"),
     ],
@@ -184,6 +186,7 @@ def test_a_tokenizer_that_cannot_be_trained_is_one_line(
     assert run_script("tools/datasets/train_tokenizer.py", *given) == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
     assert names(tmp_path) == before
+    assert json.loads((tmp_path / "in.jsonl").read_text()) == {"text": "text"}
 
 
 def test_a_traceback_is_no_answer_to_a_broken_file(tmp_path: Path) -> None:
