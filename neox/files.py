@@ -2,6 +2,7 @@
 
 import errno
 import os
+import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
@@ -38,7 +39,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     place = path.resolve()
     if place.exists() and not (place.is_file() or place.is_dir()):
         raise OSError(errno.EINVAL, "it is no file", str(path))
-    temporary = place.with_name(f".{place.name}.{os.getpid()}")
+    # In containers on two hosts processes often have the same number.
+    temporary = place.with_name(f".{place.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
         yield temporary
         flush(temporary)
@@ -90,6 +92,33 @@ def write_whole(path: Path, text: str) -> None:
         path.resolve().parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
+
+
+def write_new(path: Path, text: str) -> Path:
+    """`write_whole` under a name that nothing has: where something has it, with `-2`, `-3` and so on at its end.
+
+    Returns:
+        The file.
+
+    Raises:
+        UserError: it cannot be written; caused by the OSError.
+    """
+    place, number = path, 1
+    with _unwritable_named(path):
+        path.resolve().parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                place.open("x").close()  # so that of two processes one has it
+                break
+            except FileExistsError:
+                number += 1
+                place = path.with_stem(f"{path.stem}-{number}")
+    try:
+        write_whole(place, text)
+    except BaseException:
+        place.unlink(missing_ok=True)
+        raise
+    return place
 
 
 def require_place(path: Path) -> None:
