@@ -49,7 +49,7 @@ def prepare(config: Config) -> Config:
     check_data(config)
     if config.checkpoint.save is not None and config.checkpoint.save_hf:
         check_exportable(config)
-    if not times_restarted(os.environ):  # later a store out of reach is no mistake: each upload that fails warns
+    if not times_restarted(os.environ):  # later a store out of reach is no mistake, see `_check_origin`
         check_store(config.checkpoint)
     _check_origin(expected(config, os.environ), is_agreed=not may_be_restarted(config, os.environ))
     return config
@@ -65,7 +65,8 @@ def _check_origin(config: Config, *, is_agreed: bool) -> None:
         check_shapes(config, origin.weights)
     if is_agreed and config.training.do_train:
         check_save(config, origin)
-        check_copies(config.checkpoint, lineage_of(config, origin), start=resumed_at(config, origin))
+        if not times_restarted(os.environ):  # later each upload looks for itself, and warns
+            check_copies(config.checkpoint, lineage_of(config, origin), start=resumed_at(config, origin))
 
 
 def remarks(config: Config) -> Iterator[str]:

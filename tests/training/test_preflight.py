@@ -19,12 +19,13 @@ def test_a_store_is_asked_at_the_first_start_alone(corpus: str, monkeypatch: pyt
     """One that is out of reach when a run is started again ends it as little as one that fails at a save."""
     asked: list[Any] = []
     monkeypatch.setattr(preflight, "check_store", asked.append)
+    monkeypatch.setattr(preflight, "check_copies", lambda settings, *lineage, **start: asked.append(settings))
     config = settings(data_path=corpus)
     preflight.prepare(config)
-    assert asked == [config.checkpoint]
+    assert asked == [config.checkpoint] * 2
     monkeypatch.setenv(RESTARTS, "1")
     preflight.prepare(config)
-    assert asked == [config.checkpoint]
+    assert asked == [config.checkpoint] * 2
 
 
 def test_tokenizer_files_that_are_named_and_missing_are_said(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import socket
 import sys
 from collections.abc import Iterator
@@ -159,6 +160,20 @@ def test_what_failed_is_tried_again_with_the_next(tmp_path: Path, variables: dic
     root = download("comes-later", "run-7/run/", tmp_path / "again")
     assert [damages(root / f"global_step{step}") for step in (1, 2, 3)] == [[], [], []]
     assert (root / "latest").read_text() == "global_step3"
+
+
+def test_what_is_deleted_before_it_is_uploaded_is_named(
+    tmp_path: Path, variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problems: list[str | None] = ["out of reach", None]
+    monkeypatch.setattr("neox.training.uploads.upload_checkpoint", lambda *_: problems.pop(0))
+    uploads = Uploads(checkpoint_settings("s3://somewhere"))
+    first, second = save(tmp_path / "run", 1), save(tmp_path / "run", 2)
+    assert "global_step1 not uploaded (out of reach)" in str(uploads.upload(first, Team()))
+    shutil.rmtree(first)  # `keep_last_n_checkpoints`
+    warning = uploads.upload(second, Team())
+    assert warning == "s3_path s3://somewhere: global_step1 deleted before the store had it, and never uploaded"
+    assert uploads.waiting == []
 
 
 def test_the_copies_of_another_run_stay(tmp_path: Path, bucket: str) -> None:
