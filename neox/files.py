@@ -141,9 +141,10 @@ def require_apart(path: Path, inputs: Iterable[str | Path]) -> None:
     Raises:
         UserError: it is one.
     """
-    for given in inputs:
-        if path.exists() and Path(given).exists() and path.samefile(given):
-            raise UserError(f"{path}: is read too, and writing would replace it; name another file to write")
+    with _unwritable_named(path):
+        same = [given for given in inputs if path.exists() and Path(given).exists() and path.samefile(given)]
+    if same:
+        raise UserError(f"{path}: is read too, and writing would replace it; name another file to write")
 
 
 @contextmanager

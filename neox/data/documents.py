@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,8 +63,9 @@ def read_documents(inputs: Sequence[str | Path]) -> Iterator[Document]:
     Raises:
         DataError: a missing file, a kind that is not known, one that is damaged, or text that is not UTF-8.
     """
+    paths = input_files(inputs)
     _name_what_is_not_read(inputs)
-    for path in input_files(inputs):
+    for path in paths:
         found = pointer_in_its_place(path)
         if found:  # as text it would be a document
             raise DataError(f"{path}: {found}")
@@ -146,7 +146,7 @@ def _files_of(given: Path) -> list[Path]:
 
 def _name_what_is_not_read(inputs: Sequence[str | Path]) -> None:
     for given in map(Path, inputs):
-        if given.is_dir() and os.access(given, os.R_OK):
+        if given.is_dir():
             paths = sorted(path for path in given.iterdir() if not path.name.startswith(".") and not _is_input(path))
             if paths:
                 names = ", ".join(path.name for path in paths[:MOST_NAMED]) + ", ..." * (len(paths) > MOST_NAMED)

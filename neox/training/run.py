@@ -10,7 +10,15 @@ from neox.checkpoint.native.manifest import Progress
 from neox.checkpoint.runs import RunReader
 from neox.config import Config
 from neox.config.ramp import BatchRamp
-from neox.data import Coordinator, DatasetSplits, Done, Tokenizer, build_datasets, build_tokenizer, train_iters_for_epochs
+from neox.data import (
+    Coordinator,
+    DatasetSplits,
+    Done,
+    Tokenizer,
+    build_datasets,
+    build_tokenizer,
+    train_iters_for_epochs,
+)
 from neox.data.blending import SampleSource
 from neox.data.loader import Batch
 from neox.data.online import OnlineDataset

@@ -91,7 +91,8 @@ def test_whole_documents_come_in_another_order_in_a_longer_run(run: tuple[dict[s
     """Their order is drawn from the number of samples."""
     lines = lines_of(run, train_iters=10, pack_impl="pack_until_overflow")
     assert (
-        "  not exact: order of samples: pack_impl, train_iters changed, so samples may come again or be left out" in lines
+        "  not exact: order of samples: pack_impl, train_iters changed, so samples may come again or be left out"
+        in lines
     )
 
 

@@ -21,7 +21,6 @@ def main(arguments: list[str]) -> None:
     options = _parse(arguments)
     from neox.checkpoint.described import open_described
     from neox.checkpoint.inspection.logits import check_tokens, read_tokens, streamed_logits, write_logits
-
     from neox.files import require_apart
 
     require_apart(options.out, [options.tokens])

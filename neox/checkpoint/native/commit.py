@@ -5,7 +5,9 @@ At each moment `latest` names a folder that is whole, or one whose predecessor `
 
 import contextlib
 import logging
+import secrets
 import shutil
+from functools import cache
 from pathlib import Path
 
 from neox.checkpoint.native.lineage import Lineage
@@ -22,6 +24,9 @@ INCOMPLETE, REPLACED, DELETED = "incomplete", "replaced", "deleted"
 def begin(final: Path) -> Path:
     """Make the folder that `final` is to be written in, and clear away what a killed run left beside it.
 
+    Its name is of this start: where a run was started twice, what the other one still writes fails, and does not get
+    among the files of this one.
+
     Raises:
         OSError: it cannot be made.
     """
@@ -33,17 +38,25 @@ def begin(final: Path) -> Path:
             replaced.rename(original)  # killed between the two renames of `commit`
     for remains in (INCOMPLETE, REPLACED, DELETED):
         for folder in root.glob(f".global_step*.{remains}"):
-            _remove(folder)
+            doomed = folder.with_name(f"{folder.name}.{DELETED}") if remains == INCOMPLETE else folder
+            folder.rename(doomed)  # at once, for whoever writes in it
+            _remove(doomed)
     for text in root.glob(f".{LATEST}.*"):  # where `write_whole` was killed
         text.unlink(missing_ok=True)
-    temporary = _hidden(final, INCOMPLETE)
+    temporary = _hidden(final, f"{_start()}.{INCOMPLETE}")
     (temporary / "configs").mkdir(parents=True)
     return temporary
 
 
-def discard(final: Path) -> None:
+@cache
+def _start() -> str:
+    """A name for this process, which no other has on whatever host."""
+    return secrets.token_hex(4)
+
+
+def discard(temporary: Path) -> None:
     """Remove what was written of a checkpoint that is not to be."""
-    _remove(_hidden(final, INCOMPLETE))
+    _remove(temporary)
 
 
 def commit(temporary: Path, final: Path) -> None:
