@@ -7,6 +7,7 @@ import contextlib
 import logging
 import secrets
 import shutil
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -78,11 +79,19 @@ def commit(temporary: Path, final: Path) -> None:
     _remove(replaced)
 
 
-def prune_checkpoints(root: Path, keep: int, lineage: Lineage) -> list[str]:
+def prune_checkpoints(
+    root: Path, keep: int, lineage: Lineage, *, is_whole: Callable[[Path], bool] = lambda folder: True
+) -> list[str]:
     """Delete all but the last `keep` checkpoints that a run has written, never the one `latest` names.
 
     What is not of its lineage stays and does not count. By time and not by number: a run that went back to an earlier
     iteration leaves higher numbers behind. What cannot be deleted stays, with a warning.
+
+    Args:
+        root: the folder of checkpoints.
+        keep: how many stay.
+        lineage: the run.
+        is_whole: where it says no, as many whole ones stay besides.
 
     Returns:
         Names of those deleted.
@@ -91,8 +100,10 @@ def prune_checkpoints(root: Path, keep: int, lineage: Lineage) -> list[str]:
     try:
         named = (root / LATEST).read_text().strip() if (root / LATEST).is_file() else ""
         own = [path for path in root.glob(f"global_step*/{MANIFEST}") if lineage.owns(path.parent)]
-        for path in sorted(own, key=_age)[:-keep]:
-            if path.parent.name != named:
+        own.sort(key=_age)
+        kept = {named, *[path.parent.name for path in own if is_whole(path.parent)][-keep:]}
+        for path in own[:-keep]:
+            if path.parent.name not in kept:
                 doomed = _hidden(path.parent, DELETED)  # so that a kill leaves no half checkpoint under its name
                 path.parent.rename(doomed)
                 _remove(doomed)
