@@ -2,7 +2,8 @@
 
 import errno
 import os
-from collections.abc import Iterator
+import secrets
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
 from tempfile import TemporaryFile
@@ -45,7 +46,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     place = path.resolve()
     if place.exists() and not (place.is_file() or place.is_dir()):
         raise OSError(errno.EINVAL, "it is no file", str(path))
-    temporary = place.with_name(f".{place.name}.{os.getpid()}")
+    # In containers on two hosts processes often have the same number.
+    temporary = place.with_name(f".{place.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
         yield temporary
         flush(temporary)
@@ -99,6 +101,33 @@ def write_whole(path: Path, content: str | bytes) -> None:
             temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
+def write_new(path: Path, text: str) -> Path:
+    """`write_whole` under a name that nothing has: where something has it, with `-2`, `-3` and so on at its end.
+
+    Returns:
+        The file.
+
+    Raises:
+        UserError: it cannot be written; caused by the OSError.
+    """
+    place, number = path, 1
+    with _unwritable_named(path):
+        path.resolve().parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                place.open("x").close()  # so that of two processes one has it
+                break
+            except FileExistsError:
+                number += 1
+                place = path.with_stem(f"{path.stem}-{number}")
+    try:
+        write_whole(place, text)
+    except BaseException:
+        place.unlink(missing_ok=True)
+        raise
+    return place
+
+
 def require_place(path: Path) -> None:
     """Check that `write_whole` can write a file, before the work whose result goes there; makes its folder.
 
@@ -111,6 +140,18 @@ def require_place(path: Path) -> None:
             raise OSError(errno.EINVAL, "it is no file", str(path))
         with TemporaryFile(dir=path.resolve().parent):
             pass
+
+
+def require_apart(path: Path, inputs: Iterable[str | Path]) -> None:
+    """Check that a file to write is none of those that are read, which it would replace; links are followed.
+
+    Raises:
+        UserError: it is one.
+    """
+    with _unwritable_named(path):
+        same = [given for given in inputs if path.exists() and Path(given).exists() and path.samefile(given)]
+    if same:
+        raise UserError(f"{path}: is read too, and writing would replace it; name another file to write")
 
 
 @contextmanager

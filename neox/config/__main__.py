@@ -29,6 +29,7 @@ from neox.config import (
 )
 from neox.config.layouts import markdown
 from neox.errors import ConfigError, UserError
+from neox.files import require_apart
 from neox.patience import path_mistake
 from neox.results import EXIT_BROKEN_PIPE, HelpParser, print_result
 
@@ -82,12 +83,16 @@ def _paths(options: argparse.Namespace) -> list[Path]:
     return resolve_config_paths(files, options.conf_dir)
 
 
+def _override_paths(options: argparse.Namespace) -> list[Path]:
+    return resolve_config_paths(options.override, options.conf_dir)
+
+
 def _load(options: argparse.Namespace) -> Config:
     _, overrides = split_overrides(options.items)
     return load_config(
         _paths(options),
         overrides=overrides,
-        override_files=resolve_config_paths(options.override, options.conf_dir),
+        override_files=_override_paths(options),
         world_size=options.world_size,
     )
 
@@ -113,6 +118,8 @@ def _show(options: argparse.Namespace) -> None:
 
 
 def _schedule(options: argparse.Namespace) -> None:
+    if options.png is not None:
+        require_apart(Path(options.png), [*_paths(options), *_override_paths(options)])
     config = _load(options)
     print_result(schedule_plot.draw(config), end="")
     if options.png is not None:

@@ -3,7 +3,7 @@
 text --tokenizers, preprocess--> .bin/.idx --packing, blending--> samples --loader--> micro-batches
 """
 
-from neox.data.build import DatasetSplits, build_datasets, requested_samples, train_iters_for_epochs
+from neox.data.build import DatasetSplits, Done, build_datasets, requested_samples, train_iters_for_epochs
 from neox.data.index_cache import Coordinator
 from neox.data.indexed import IndexedDataset
 from neox.data.indexed_writer import IndexedDatasetWriter
@@ -14,6 +14,7 @@ __all__ = [
     "BatchLoader",
     "Coordinator",
     "DatasetSplits",
+    "Done",
     "IndexedDataset",
     "IndexedDatasetWriter",
     "Tokenizer",

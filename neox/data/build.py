@@ -41,11 +41,27 @@ class DatasetSplits:
     test: SampleSource | OnlineDataset | None
 
 
-def requested_samples(config: "Config") -> dict[str, int | None]:
+@dataclass(frozen=True)
+class Done:
+    """How far a run has come.
+
+    Attributes:
+        steps: made.
+        samples: read in them; the batch may have been another.
+    """
+
+    steps: int = 0
+    samples: int = 0
+
+
+NOTHING = Done()
+
+
+def requested_samples(config: "Config", done: Done = NOTHING) -> dict[str, int | None]:
     """Return how many samples the run takes of each split; None means one pass over the documents.
 
-    Training takes train_iters batches; validation eval_iters batches at every eval_interval steps and once at
-    the end; testing eval_iters batches.
+    Training takes train_iters batches, or more samples where batches were larger before; validation eval_iters batches
+    at every eval_interval steps and once at the end; testing eval_iters batches.
     """
     training, batch = config.training, _global_batch(config)
     if training.train_epochs is not None:
@@ -53,7 +69,8 @@ def requested_samples(config: "Config") -> dict[str, int | None]:
     assert training.train_iters is not None, "the length of the run is not resolved"
     evaluations = training.train_iters // training.eval_interval + 1
     return {
-        "train": training.train_iters * batch,
+        # A blend ends after so many, and begins again: with samples that the run has seen.
+        "train": max(training.train_iters * batch, done.samples + (training.train_iters - done.steps) * batch),
         "valid": evaluations * training.eval_iters * batch,
         "test": training.eval_iters * batch,
     }
@@ -88,8 +105,10 @@ def _global_batch(config: "Config") -> int:
     return size
 
 
-def build_datasets(config: "Config", coordinator: Coordinator = SINGLE_PROCESS, *, data_rank: int = 0) -> DatasetSplits:
-    """Return the datasets that the configuration names, with their sample orders.
+def build_datasets(
+    config: "Config", coordinator: Coordinator = SINGLE_PROCESS, *, data_rank: int = 0, done: Done = NOTHING
+) -> DatasetSplits:
+    """Return the datasets that the configuration names, with their sample orders, for a run that has come so far.
 
     Every process that shares the coordinator's barrier must make this call. A server of completions is asked only
     when a sample is taken; data-parallel rank `data_rank` asks the one that is its own.
@@ -103,7 +122,7 @@ def build_datasets(config: "Config", coordinator: Coordinator = SINGLE_PROCESS, 
         raise DataError("no training data: set data_path, or train_data_paths, valid_data_paths and test_data_paths")
     for line in without_documents(config):
         log.info("%s", line)
-    wanted = requested_samples(config)
+    wanted = requested_samples(config, done)
     built = {name: _build_split(config, name, wanted[name], coordinator) for name in SPLITS}
     return DatasetSplits(**built)
 

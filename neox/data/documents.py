@@ -1,6 +1,7 @@
 """Reading documents from text and JSON-lines files, compressed or not."""
 
 import json
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,7 +12,12 @@ from neox.downloads import lfs_pointer
 from neox.errors import DataError
 from neox.files import absence
 
+log = logging.getLogger(__name__)
+
 SUFFIXES = (".jsonl", ".txt")
+
+MOST_NAMED = 10
+"""Of what a folder holds and is not read."""
 
 
 class Document(NamedTuple):
@@ -54,12 +60,15 @@ def read_documents(inputs: Sequence[str | Path]) -> Iterator[Document]:
     """Return the documents of files in order, one at a time.
 
     A `.txt` file is one document; a `.jsonl` file has one on each line that is not blank; either may be
-    compressed (`.gz`, `.zst`). A folder stands for all such files in it, sorted by name, but for hidden ones.
+    compressed (`.gz`, `.zst`). A folder stands for all such files in it, sorted by name, but for hidden ones; what else
+    is in it, folders and archives say, is named in a warning.
 
     Raises:
         DataError: a missing file, a kind that is not known, one that is damaged, or text that is not UTF-8.
     """
-    for path in _expand(inputs):
+    paths = input_files(inputs)
+    _name_what_is_not_read(inputs)
+    for path in paths:
         found = lfs_pointer(path)
         if found:  # as text it would be a document
             raise DataError(f"{path}: {found}")
@@ -110,7 +119,12 @@ def file_kind(path: Path) -> str | None:
     return None
 
 
-def _expand(inputs: Sequence[str | Path]) -> list[Path]:
+def input_files(inputs: Sequence[str | Path]) -> list[Path]:
+    """Return the files that inputs stand for, see `read_documents`.
+
+    Raises:
+        DataError: there is none, or one of an unknown kind.
+    """
     paths: list[Path] = []
     for given in map(Path, inputs):
         try:
@@ -134,6 +148,15 @@ def _files_of(given: Path) -> list[Path]:
     if not file_kind(given):
         raise DataError(f"{given}: unknown kind of file; use .jsonl or .txt, plain, .gz or .zst")
     return [given]
+
+
+def _name_what_is_not_read(inputs: Sequence[str | Path]) -> None:
+    for given in map(Path, inputs):
+        if given.is_dir():
+            paths = sorted(path for path in given.iterdir() if not path.name.startswith(".") and not _is_input(path))
+            if paths:
+                names = ", ".join(path.name for path in paths[:MOST_NAMED]) + ", ..." * (len(paths) > MOST_NAMED)
+                log.warning("%s: not read, as they are no .jsonl or .txt files: %s", given, names)
 
 
 def _is_input(path: Path) -> bool:

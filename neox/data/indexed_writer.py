@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -48,8 +49,8 @@ class IndexedDatasetWriter:
         self._code = codes[self.dtype]
         self._sizes = array("i")
         self._doc_idx = array("q", [0])
-        self._bin_part = Path(f"{prefix}.bin.{os.getpid()}.part")
-        self._idx_part = Path(f"{prefix}.idx.{os.getpid()}.part")
+        writer = f"{os.getpid()}-{secrets.token_hex(4)}"  # containers on two hosts often have the same number
+        self._bin_part, self._idx_part = Path(f"{prefix}.bin.{writer}.part"), Path(f"{prefix}.idx.{writer}.part")
         for place in (data_file(prefix), index_file(prefix)):
             if place.is_dir():
                 raise DataError(f"{place}: a folder has this name; choose another prefix")

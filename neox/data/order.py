@@ -42,6 +42,11 @@ def advance(place: int, count: int, left_out: Ranges) -> int:
     return place + count
 
 
+def read_before(place: int, left_out: Ranges) -> int:
+    """How many samples are read before a place."""
+    return place - sum(max(0, min(end, place) - start) for start, end in left_out)
+
+
 def read_places(place: int, left_out: Ranges) -> Iterator[int]:
     """The places that are read from `place` on, without end."""
     for start, end in left_out:

@@ -12,7 +12,7 @@ from neox.data.tokenizers import Tokenizer
 from neox.errors import UserError
 from neox.evaluation.harness import require_harness
 from neox.evaluation.tasks import find_tasks
-from neox.files import write_whole
+from neox.files import require_place, write_new
 from neox.inference.loading import load_model, open_model
 from neox.launch.reporting import tell
 from neox.model.layers import Decoder
@@ -31,15 +31,17 @@ def run_evaluation(config: Config, mesh: Mesh) -> None:
         UserError: of the checkpoint, the tasks or the result file.
     """
     tasks = find_tasks(config.evaluation.eval_tasks or ())
+    if mesh.rank == 0:
+        require_place(result_path(config.evaluation.eval_results_prefix, datetime.now()))
     model, tokenizer = load_model(config, mesh)
     results = evaluate_model(model, tokenizer, config, tasks=tasks, mesh=mesh, info=_about(config))
     if results is None:
         return
     from lm_eval.utils import handle_non_serializable, make_table
 
+    print_result(make_table(results))  # first: a disk may be full by now
     path = result_path(config.evaluation.eval_results_prefix, datetime.now())
-    write_whole(path, json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False))
-    print_result(make_table(results))
+    path = write_new(path, json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False))
     print_result(f"results written to {path}")
 
 

@@ -13,7 +13,7 @@ from neox.config import Config
 from neox.data.documents import Document, document_text, file_kind
 from neox.data.text_files import SurrogateFilter, replaced_line, text_lines
 from neox.errors import DataError
-from neox.files import absence, require_place, write_whole
+from neox.files import absence, require_apart, require_place, write_whole
 from neox.inference.generate import GenerationSettings
 from neox.inference.loading import load_model
 from neox.inference.precompute import precompute
@@ -39,6 +39,7 @@ def run_generation(config: Config, mesh: Mesh) -> None:
         return
     if kind == "input-file":
         prompts = read_prompts(Path(config.generation.sample_input_file or ""))
+        require_apart(Path(config.generation.sample_output_file), [config.generation.sample_input_file or ""])
     elif kind == "unconditional":
         prompts = [""] * config.generation.num_samples
     if kind != "interactive" and mesh.rank == 0:

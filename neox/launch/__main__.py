@@ -83,7 +83,7 @@ def slurm(argv: list[str]) -> int:
         **shared.chosen(options, "time", "partition", "cpus_per_task", "logs", "warning", "max_restarts"),
         **shared.chosen(options, "requeue", "sbatch", "srun"),
     )
-    path = Path(options.output or f"{job.name}.sbatch")
+    path = shared.output_file(options, f"{job.name}.sbatch")
     write_batch_file(job, path, folder=Path.cwd())
     print_result(f"job {submit(path)}" if options.submit else path)
     return 0
@@ -125,7 +125,7 @@ def kubernetes(argv: list[str]) -> int:
         volumes=options.volume,
         **shared.chosen(options, "folder", "max_restarts", "namespace"),
     )
-    path = Path(options.output or f"{pods.name}.yaml")
+    path = shared.output_file(options, f"{pods.name}.yaml")
     write_whole(path, yaml.safe_dump(manifest(pods, options.kind), sort_keys=False))
     print_result(path)
     return 0
@@ -146,7 +146,7 @@ def hostfile(argv: list[str]) -> int:
     shared.check_layout(config, sum(map(len, pool.values())))
     command = shlex.join([sys.executable, "-u", *shared.script_command(options)])
     text = f"#!/bin/sh\n# {len(pool)} hosts by {starter_of(config)}\ncd {shlex.quote(os.getcwd())} || exit 1\n"
-    path = Path(options.output or f"{shared.job_name(options)}.sh")
+    path = shared.output_file(options, f"{shared.job_name(options)}.sh")
     write_whole(path, f"{text}exec {command}\n")
     path.chmod(0o755)
     print_result(path)

@@ -154,6 +154,21 @@ def job_name(options: argparse.Namespace) -> str:
     return str(options.name or Path(options.config[0]).stem)
 
 
+def output_file(options: argparse.Namespace, default: str) -> Path:
+    """`--output`, or the default in this folder.
+
+    Raises:
+        UserError: it is a file of the command line, a configuration `<name>.yaml` say.
+    """
+    from neox.config import resolve_config_paths, split_overrides
+    from neox.files import require_apart
+
+    path = Path(options.output or default)
+    files = resolve_config_paths(split_overrides(options.config)[0], options.conf_dir)
+    require_apart(path, [*files, options.script, *filter(None, [getattr(options, "hostfile", None)])])
+    return path
+
+
 def configuration(options: argparse.Namespace) -> list[str]:
     """The words that name the configuration, for another command line."""
     return [*(["-d", options.conf_dir] if options.conf_dir else []), *options.config]

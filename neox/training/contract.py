@@ -169,7 +169,7 @@ def _promises(config: Config, run: RunReader, changed: dict[str, Any], data: lis
         other.append("optimizer: starts afresh (no_load_optim)")
     else:
         exact.append("optimizer state")
-    order = _order(changed, data)
+    order = _order(config, changed, data)
     exact, other = (exact, [*other, order]) if order else ([*exact, "order of samples"], other)
     dropout = _dropout(config, run, same_layout=same_layout)
     exact, other = (exact, [*other, dropout]) if dropout else ([*exact, "random numbers"], other)
@@ -183,9 +183,10 @@ def _same_schedule(config: Config, changed: dict[str, Any]) -> bool:
     return not schedule & changed.keys() or config.schedule.use_checkpoint_lr_scheduler
 
 
-def _order(changed: dict[str, Any], data: list[str]) -> str:
+def _order(config: Config, changed: dict[str, Any], data: list[str]) -> str:
     """Why samples may come in another order; empty where they come in the same."""
-    drawn = [key for key in changed if key in _ORDER]
+    is_packed = config.data.pack_impl == "packed" and not config.preference.is_on
+    drawn = [key for key in changed if key in (_ORDER if is_packed else (*_ORDER, *_AMOUNT))]
     if data or drawn:
         what = ", ".join(drawn) or "the data"
         return f"order of samples: {what} changed, so samples may come again or be left out"

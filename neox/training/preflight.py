@@ -52,7 +52,7 @@ def prepare(config: Config) -> Config:
     check_data(config)
     if config.checkpoint.save is not None and config.checkpoint.save_hf:
         check_exportable(config)
-    if not times_restarted(os.environ):  # later a store out of reach is no mistake: each upload that fails warns
+    if not times_restarted(os.environ):  # later a store out of reach is no mistake, see `_check_origin`
         check_store(config.checkpoint)
     _check_origin(expected(config, os.environ), is_agreed=not may_be_restarted(config, os.environ))
     return config
@@ -69,7 +69,7 @@ def _check_origin(config: Config, *, is_agreed: bool) -> None:
     if is_agreed and config.training.do_train:
         lineage = lineage_of(config, origin)
         check_save(config, origin, lineage)
-        if not times_restarted(os.environ):
+        if not times_restarted(os.environ):  # later each upload looks for itself, and warns
             check_copies(config.checkpoint, lineage, start=resumed_at(config, origin))
 
 

@@ -10,11 +10,19 @@ from neox.checkpoint.native.manifest import Progress
 from neox.checkpoint.runs import RunReader
 from neox.config import Config
 from neox.config.ramp import BatchRamp
-from neox.data import Coordinator, DatasetSplits, Tokenizer, build_datasets, build_tokenizer, train_iters_for_epochs
+from neox.data import (
+    Coordinator,
+    DatasetSplits,
+    Done,
+    Tokenizer,
+    build_datasets,
+    build_tokenizer,
+    train_iters_for_epochs,
+)
 from neox.data.blending import SampleSource
 from neox.data.loader import Batch
 from neox.data.online import OnlineDataset
-from neox.data.order import Ranges
+from neox.data.order import Ranges, read_before
 from neox.model.build import WeightSource
 from neox.parallel.mesh import Mesh, build_mesh
 from neox.parallel.rng import seed_dropout
@@ -97,11 +105,12 @@ class _Parts:
 
 
 def _train(config: Config, mesh: Mesh, signals: Signals) -> Outcome:
-    config = agree_on_origin(config, mesh)
-    data = build_datasets(config, _coordinator(mesh), data_rank=mesh.data_rank)
-    config = with_iterations(config)
+    given = agree_on_origin(config, mesh)
+    config = with_iterations(given)
     seed_dropout(config.training.seed, mesh)
     engine, progress, schedule = start_or_resume(config, mesh)
+    done = Done(progress.iteration, read_before(progress.consumed_samples, progress.left_out))
+    data = build_datasets(given, _coordinator(mesh), data_rank=mesh.data_rank, done=done)
     keep_record(config, mesh, progress)
     tokenizer = build_tokenizer(config.tokenizer) if config.training.char_level_ppl else None
     parts = _Parts(config, mesh, data, engine, schedule, batch_maker(config, mesh), tokenizer)

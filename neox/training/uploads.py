@@ -26,22 +26,20 @@ class Uploads:
         """Upload a checkpoint after those that wait. A collective of the team.
 
         Returns:
-            A warning where it failed, or where one that waited is no longer there (`keep_last_n_checkpoints`).
+            A warning where it failed, or one that waited is gone.
         """
         there = team.gather([path.is_dir() for path in self.waiting])[0]
         gone = [path.name for path, is_there in zip(self.waiting, there, strict=True) if not is_there]
         self.waiting = [path for path in self.waiting if path.name not in gone] + [folder]
-        lost = f"s3_path {self._target.address}: {', '.join(gone)} deleted before the upload" if gone else None
+        warnings = [f"{', '.join(gone)} deleted before the store had it, and never uploaded"] if gone else []
         while self.waiting:
             problem = upload_checkpoint(self.waiting[0], self._target, team)
             if problem:
                 names = ", ".join(path.name for path in self.waiting)
-                later = (
-                    f"s3_path {self._target.address}: {names} not uploaded ({problem}); tried again at the next save"
-                )
-                return f"{lost}; {later}" if lost else later
+                warnings.append(f"{names} not uploaded ({problem}); tried again at the next save")
+                break
             self.waiting.pop(0)
-        return lost
+        return f"s3_path {self._target.address}: {'; '.join(warnings)}" if warnings else None
 
 
 def check_store(settings: CheckpointConfig) -> None:

@@ -104,6 +104,17 @@ def test_a_full_disk_is_given_room_by_what_would_go_anyway(tmp_path: Path, monke
     assert f"{tmp_path / 'global_step1'}: deleted to make room (keep_last_n_checkpoints: 3)" in disk.lines
 
 
+def test_the_only_whole_checkpoint_makes_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run was resumed from it, as the newest is damaged."""
+    disk = Disk()
+    disk.save(tmp_path, 1)
+    os.truncate(disk.save(tmp_path, 2) / MODEL_FILE, 8)
+    Full(monkeypatch, 1000)
+    with pytest.raises(UnsavedError):
+        disk.save(tmp_path, 3, keep=2)
+    assert names(tmp_path) == ["global_step1", "global_step2", "latest"]
+
+
 @pytest.mark.parametrize(("keep", "number"), [(1, errno.ENOSPC), (None, errno.EDQUOT), (3, errno.EIO)])
 def test_the_last_checkpoints_stay_where_it_does_not_recover(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: int | None, number: int

@@ -4,21 +4,23 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoint.small_checkpoints import RUN, contents, manifest_of, save, stored
+from checkpoint.small_checkpoints import ALONE, RUN, contents, manifest_of, save, stored
 from golden_models import GOLDENS
 
+from neox.checkpoint.native import commit
 from neox.checkpoint.native.commit import prune_checkpoints
 from neox.checkpoint.native.fallback import checkpoint_to_load
 from neox.checkpoint.native.integrity import damages
 from neox.checkpoint.native.lineage import Lineage, check_vacant
 from neox.checkpoint.native.manifest import MANIFEST, Manifest, _checksum, checkpoint_folder, listed, numbered_folders
-from neox.checkpoint.native.store import NativeReader, Team, write_checkpoint
+from neox.checkpoint.native.store import NativeReader, StoredTensor, Team, write_checkpoint
 from neox.checkpoint.open import locate_checkpoint
-from neox.errors import CheckpointError
+from neox.errors import CheckpointError, UnsavedError
 
 OTHER = Lineage("another-run")
 CHILD = Lineage("a-child", (RUN.run,))
@@ -175,6 +177,25 @@ def test_checkpoints_of_gpt_neox_without_latest(tmp_path: Path) -> None:
     for fallback in (False, True):  # whether one is whole cannot be told without reading it
         with pytest.raises(CheckpointError, match="has global_step4 and no latest; write the name of one into latest"):
             checkpoint_to_load(tmp_path, None, fallback=fallback)
+
+
+def test_two_starts_of_a_run_do_not_write_into_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts = ["one", "other"]
+    monkeypatch.setattr(commit, "_start", lambda: starts.pop(0))
+    begun: list[Path] = []
+
+    def tensors() -> Iterator[StoredTensor]:
+        for number, tensor in enumerate(stored(3)):
+            if number == 3:
+                begun.append(commit.begin(tmp_path / "global_step3"))  # by the other start
+            yield tensor
+
+    with pytest.raises(UnsavedError, match="the last checkpoint is untouched"):
+        write_checkpoint(
+            tmp_path, iteration=3, tensors=tensors(), manifest=manifest_of(3), configs={}, team=ALONE, file_bytes=1
+        )
+    assert [path.name for path in tmp_path.iterdir()] == [begun[0].name]
+    assert [path.name for path in begun[0].iterdir()] == ["configs"]
 
 
 def test_nothing_that_was_saved_is_no_checkpoint_yet(tmp_path: Path) -> None:

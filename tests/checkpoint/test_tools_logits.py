@@ -189,6 +189,7 @@ def test_other_mistakes_are_one_line(tmp_path, capsys):
         ("native", "ids.npy", "absent/out.npy", "out.npy: cannot be written"),
         ("native", "ids.npy", "text.npy/out.npy", f"out.npy: cannot be written ({os.strerror(errno.ENOTDIR)})"),
         ("native", "ids.npy", "pipe", "pipe: cannot be written (it is no file)"),
+        ("native", "ids.npy", "ids.npy", "ids.npy: is read too, and writing would replace it"),
     ):
         words = [tmp_path / checkpoint, "--tokens", tmp_path / tokens, "--out", tmp_path / out]
         assert run_script(TOOL, *words) == 2

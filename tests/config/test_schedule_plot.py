@@ -75,6 +75,15 @@ def test_command_draws_and_writes_a_png(tmp_path: Path, capsys: pytest.CaptureFi
     assert len(content) > 5000
 
 
+def test_no_configuration_becomes_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, other = tmp_path / "run.yml", tmp_path / "other.yml"
+    file.write_text(yaml.safe_dump(RUN))
+    other.write_text("log_interval: 1\n")
+    assert main(["schedule", "--png", str(other), str(file), str(other)]) == 2
+    assert capsys.readouterr().err.startswith(f"{other}: is read too")
+    assert other.read_text() == "log_interval: 1\n"
+
+
 def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without = {key: value for key, value in RUN.items() if key != "optimizer"}
     with pytest.raises(ConfigError, match="no learning rate; add optimizer"):

@@ -11,6 +11,7 @@ from data_pipeline.golden_files import FOLDER, LABEL, TEXT, copy_corpus
 from neox.config import Config, config_from_dict
 from neox.data import (
     BatchLoader,
+    Done,
     IndexedDataset,
     IndexedDatasetWriter,
     build_datasets,
@@ -41,6 +42,21 @@ def make_config(**changes: object) -> Config:
 
 def test_requested_samples_follow_upstreams_rule() -> None:
     assert requested_samples(make_config()) == {"train": 30, "valid": 3 * 2 * 3, "test": 6}
+
+
+def test_a_blend_goes_on_with_new_samples_after_larger_batches(tmp_path: Path) -> None:
+    """Ten steps, five of them made: of six samples before, of two from now on."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    paths = [str(copy_corpus(tmp_path / name)) for name in "ab"]
+    before = build_datasets(make_config(train_data_paths=paths, train_batch_size=6)).train
+    config, done = make_config(train_data_paths=paths, train_batch_size=2), Done(steps=5, samples=30)
+    after = build_datasets(config, done=done).train
+    assert len(after) == 40
+    assert [after.origin(place) for place in range(40)] == [before.origin(place) for place in range(40)]
+    assert requested_samples(config, Done(steps=8, samples=36)) == requested_samples(config, done)
+    assert requested_samples(make_config(), Done(steps=4, samples=12)) == requested_samples(make_config())
+    assert requested_samples(make_config(), Done(steps=4, samples=4)) == requested_samples(make_config())
 
 
 def test_one_path_is_split_as_upstream_splits_it(tmp_path: Path) -> None:

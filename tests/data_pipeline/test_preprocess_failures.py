@@ -21,7 +21,7 @@ from neox.data import IndexedDataset, IndexedDatasetWriter, preprocess
 from neox.data.indexed_writer import IndexedDatasetWriters
 from neox.data.preprocess import PreprocessOptions, _end_with_parent
 from neox.errors import DataError, UserError
-from neox.files import require_place
+from neox.files import require_place, whole_file, write_new
 
 CHARACTERS = ("--tokenizer-type", "CharLevelTokenizer")
 
@@ -171,6 +171,8 @@ def test_flags_that_cannot_be_meant_are_one_line(
         (("--vocab-size", -1), "--vocab-size: -1 is not a whole number of at least 1"),
         (("--output", "in.jsonl/t.json"), "in.jsonl/t.json: cannot be written (its parent is a file, not a folder"),
         (("--output", "."), "cannot be written (it is no file)"),
+        (("--output", "./in.jsonl"), "in.jsonl: is read too, and writing would replace it; name another file to write"),
+        (("--input", ".", "--output", "in.jsonl"), "in.jsonl: is read too, and writing would replace it"),
         (("--input", "empty.jsonl"), "empty.jsonl: no text; nothing to train on"),
         (("--input", "blank.txt"), "blank.txt: no text; nothing to train on"),
     ],
@@ -187,6 +189,7 @@ def test_a_tokenizer_that_cannot_be_trained_is_one_line(
     assert run_script("tools/datasets/train_tokenizer.py", *given) == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
     assert names(tmp_path) == before
+    assert json.loads((tmp_path / "in.jsonl").read_text()) == {"text": "text"}
 
 
 def test_a_traceback_is_no_answer_to_a_broken_file(tmp_path: Path) -> None:
@@ -199,6 +202,28 @@ def test_a_traceback_is_no_answer_to_a_broken_file(tmp_path: Path) -> None:
     assert made.stdout == ""
     assert "Traceback" not in made.stderr
     assert f"{tmp_path}/in.jsonl.gz:1: the compressed file is damaged" in made.stderr.strip().splitlines()[-1]
+
+
+def test_what_two_processes_write_under_one_name_is_not_mixed(tmp_path: Path) -> None:
+    """They may have the same number too, in containers on two hosts."""
+    with whole_file(tmp_path / "a") as first, whole_file(tmp_path / "a") as second:
+        first.write_text("first")
+        second.write_text("second")
+    assert (tmp_path / "a").read_text() == "first"
+    with IndexedDatasetWriter(tmp_path / "b", np.uint16) as one:
+        one.add_document([1, 2])
+        with IndexedDatasetWriter(tmp_path / "b", np.uint16) as other:
+            other.add_document([3])
+    assert IndexedDataset(tmp_path / "b")[0].tolist() == [1, 2]
+    assert names(tmp_path) == ["a", "b.bin", "b.idx"]
+
+
+def test_new_files_replace_none(tmp_path: Path) -> None:
+    made = [write_new(tmp_path / "out" / "a.json", text) for text in "xyz"]
+    assert [path.name for path in made] == ["a.json", "a-2.json", "a-3.json"]
+    assert [path.read_text() for path in made] == list("xyz")
+    with pytest.raises(UserError, match="cannot be written"):
+        write_new(made[0] / "below", "x")
 
 
 def test_a_place_is_tried_before_the_work(tmp_path: Path) -> None:

@@ -144,6 +144,17 @@ def test_a_folder_stands_for_its_files_but_for_hidden_ones(tmp_path: Path) -> No
         list(read_documents([tmp_path]))
 
 
+def test_what_is_not_read_of_a_folder_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a.jsonl", "b.jsonl.xz", ".hidden"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "more").mkdir()
+    assert len(list(read_documents([tmp_path]))) == 1
+    assert caplog.messages == [f"{tmp_path}: not read, as they are no .jsonl or .txt files: b.jsonl.xz, more"]
+    caplog.clear()
+    assert len(list(read_documents([tmp_path / "a.jsonl"]))) == 1
+    assert caplog.messages == []
+
+
 def test_lone_surrogates_are_replaced_and_counted() -> None:
     clean = SurrogateFilter()
     whole = {"a": ["x", {"b": "\U0001f600 é"}], "n": [1, None, 2.5, True]}

@@ -325,6 +325,13 @@ def test_the_result_file_is_named_as_upstream_names_it() -> None:
     assert result_path("runs/a", now) == Path("runs/a_eval_results_03-09-2026-07-05-02.json")
 
 
+def test_a_place_for_results_is_looked_for_before_the_model(tasks: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    config = small_config(eval_tasks=[str(tasks / "tiny_quiz.yaml")], eval_results_prefix=str(tmp_path / "file" / "a"))
+    with pytest.raises(UserError, match=r"cannot be written \(its parent is a file"):
+        run_evaluation(config, SINGLE)
+
+
 def test_without_the_harness_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UserError, match=r"pip install \"neox\[eval\]\""):

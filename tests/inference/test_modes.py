@@ -186,6 +186,14 @@ def test_a_place_for_samples_is_looked_for_before_the_model(tmp_path: Path) -> N
         run_generation(small_config(sample_output_file=str(tmp_path / "file" / "samples.txt")), SINGLE)
 
 
+def test_samples_do_not_replace_their_prompts(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one\n")
+    with pytest.raises(UserError, match=r"prompts\.txt: is read too, and writing would replace it"):
+        run_generation(small_config(sample_input_file=str(prompts), sample_output_file=str(prompts)), SINGLE)
+    assert prompts.read_text() == "one\n"
+
+
 def test_loading_without_a_usable_checkpoint_says_what_to_set(checkpoint: Path) -> None:
     with pytest.raises(CheckpointError, match="load: not set"):
         load_model(small_config(), SINGLE)

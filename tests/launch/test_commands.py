@@ -136,6 +136,23 @@ def test_mistakes(words: list[str], message: str, monkeypatch: pytest.MonkeyPatc
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("words", "file"),
+    [
+        (["kubernetes", "mine.yaml", "--nodes", "1", "--image", "x"], "mine.yaml"),  # the default name
+        (["slurm", "-d", ".", "mine", "--nodes", "1", "-o", "mine.yaml"], "mine.yaml"),
+        (["slurm", "mine.yaml", "--nodes", "1", "-o", "train.py"], "train.py"),
+        (["hostfile", "hosts", "mine.yaml", "-o", "./hosts"], "hosts"),
+    ],
+)
+def test_no_file_of_the_command_line_is_replaced(words: list[str], file: str, folder: Path) -> None:
+    (folder / "tiny.yml").rename(folder / "mine.yaml")
+    before = (folder / file).read_text()
+    with pytest.raises(UserError, match=rf"^(\./)?{file}: is read too"):
+        main(words)
+    assert (folder / file).read_text() == before
+
+
 def test_a_job_without_checkpoints(folder: Path) -> None:
     (folder / "tiny.yml").write_text(json.dumps({k: v for k, v in RUN.items() if k not in ("save", "load")}))
     with pytest.raises(UserError, match="save: a job that starts again"):

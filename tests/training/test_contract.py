@@ -87,6 +87,15 @@ def test_a_longer_run_says_when_the_order_stays(run: tuple[dict[str, Any], Path]
     )
 
 
+def test_whole_documents_come_in_another_order_in_a_longer_run(run: tuple[dict[str, Any], Path]) -> None:
+    """Their order is drawn from the number of samples."""
+    lines = lines_of(run, train_iters=10, pack_impl="pack_until_overflow")
+    assert (
+        "  not exact: order of samples: pack_impl, train_iters changed, so samples may come again or be left out"
+        in lines
+    )
+
+
 def test_other_data_are_noticed_and_moved_ones_are_not(run: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
     flat, _ = run
     for suffix in (".bin", ".idx"):

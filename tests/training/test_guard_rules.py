@@ -11,7 +11,7 @@ import torch
 from neox.checkpoint.native.manifest import Progress
 from neox.config.reliability import ReliabilityConfig
 from neox.data.loader import RankSampler
-from neox.data.order import advance, merged, read_places
+from neox.data.order import advance, merged, read_before, read_places
 from neox.errors import CheckpointError
 from neox.parallel.mesh import Mesh
 from neox.training.guards import guard
@@ -83,6 +83,7 @@ def test_ranges() -> None:
     kept = [place for place in range(60) if not any(start <= place < end for start, end in LEFT_OUT)]
     for start in range(25):
         expected = [place for place in kept if place >= start]
+        assert read_before(start, LEFT_OUT) == len(kept) - len(expected)
         assert list(islice(read_places(start, LEFT_OUT), 30)) == expected[:30]
         assert advance(start, 0, LEFT_OUT) == start
         assert [advance(start, n, LEFT_OUT) for n in range(1, 31)] == [place + 1 for place in expected[:30]]

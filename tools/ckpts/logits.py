@@ -21,7 +21,9 @@ def main(arguments: list[str]) -> None:
     options = _parse(arguments)
     from neox.checkpoint.described import open_described
     from neox.checkpoint.inspection.logits import check_tokens, read_tokens, streamed_logits, write_logits
+    from neox.files import require_apart
 
+    require_apart(options.out, [options.tokens])
     tokens_BS = read_tokens(options.tokens)
     weights, config = open_described(options.checkpoint, options.config_file)
     check_tokens(tokens_BS, config.model)

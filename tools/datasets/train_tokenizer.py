@@ -37,11 +37,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     """Train, write, and say what was written."""
     arguments = parse_arguments(argv)
-    from neox.data.documents import input_paths
+    from neox.data.documents import input_files, input_paths
     from neox.data.text_files import SurrogateFilter, replaced_line
     from neox.data.tokenizers.train import save_tokenizer, train_bpe
-    from neox.files import require_place
+    from neox.files import require_apart, require_place
 
+    require_apart(Path(arguments.output), input_files(input_paths(arguments.input)))
     require_place(Path(arguments.output))
     clean = SurrogateFilter()
     tokenizer = train_bpe(

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from neox.checkpoint.native.commit import prune_checkpoints
+from neox.checkpoint.native.integrity import quick_damages
 from neox.checkpoint.native.lineage import Lineage
 from neox.checkpoint.native.manifest import latest_name
 from neox.checkpoint.native.store import Team
@@ -25,7 +26,7 @@ def write_patiently(
     """Call `write` until it succeeds or time is up; what it left of a failed try is gone by then. A collective.
 
     Where the disk is full, those checkpoints of the run go that would go after this one is written: all but the last
-    `keep` - 1.
+    `keep` - 1 that are whole.
 
     Args:
         write: writes the checkpoint and returns its folder; raises on all ranks if it fails on one.
@@ -53,7 +54,8 @@ def write_patiently(
                 told = str(error)
                 tell(f"{told}{_space(root)}; trying again for {end - patience.clock():.0f} s")
             if team.rank == 0 and error.is_full and keep is not None and keep > 1:
-                for name in prune_checkpoints(root, keep - 1, lineage):
+                # A damaged one may be the newest of them, and this run resumed from the one before.
+                for name in prune_checkpoints(root, keep - 1, lineage, is_whole=lambda path: not quick_damages(path)):
                     tell(f"{root / name}: deleted to make room (keep_last_n_checkpoints: {keep})")
             patience.sleep(pause)
         else:

@@ -5,7 +5,10 @@ At each moment `latest` names a folder that is whole, or one whose predecessor `
 
 import contextlib
 import logging
+import secrets
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from neox.checkpoint.native.lineage import Lineage
@@ -22,6 +25,9 @@ INCOMPLETE, REPLACED, DELETED = "incomplete", "replaced", "deleted"
 def begin(final: Path) -> Path:
     """Make the folder that `final` is to be written in, and clear away what a killed run left beside it.
 
+    Its name is of this start: where a run was started twice, what the other one still writes fails, and does not get
+    among the files of this one.
+
     Raises:
         OSError: it cannot be made.
     """
@@ -33,17 +39,25 @@ def begin(final: Path) -> Path:
             replaced.rename(original)  # killed between the two renames of `commit`
     for remains in (INCOMPLETE, REPLACED, DELETED):
         for folder in root.glob(f".global_step*.{remains}"):
-            _remove(folder)
+            doomed = folder.with_name(f"{folder.name}.{DELETED}") if remains == INCOMPLETE else folder
+            folder.rename(doomed)  # at once, for whoever writes in it
+            _remove(doomed)
     for text in root.glob(f".{LATEST}.*"):  # where `write_whole` was killed
         text.unlink(missing_ok=True)
-    temporary = _hidden(final, INCOMPLETE)
+    temporary = _hidden(final, f"{_start()}.{INCOMPLETE}")
     (temporary / "configs").mkdir(parents=True)
     return temporary
 
 
-def discard(final: Path) -> None:
+@cache
+def _start() -> str:
+    """A name for this process, which no other has on whatever host."""
+    return secrets.token_hex(4)
+
+
+def discard(temporary: Path) -> None:
     """Remove what was written of a checkpoint that is not to be."""
-    _remove(_hidden(final, INCOMPLETE))
+    _remove(temporary)
 
 
 def commit(temporary: Path, final: Path) -> None:
@@ -65,12 +79,20 @@ def commit(temporary: Path, final: Path) -> None:
     _remove(replaced)
 
 
-def prune_checkpoints(root: Path, keep: int, lineage: Lineage) -> list[str]:
+def prune_checkpoints(
+    root: Path, keep: int, lineage: Lineage, *, is_whole: Callable[[Path], bool] = lambda folder: True
+) -> list[str]:
     """Delete all but the last `keep` checkpoints that a run has written, never the one `latest` names.
 
     What is not of its lineage stays and does not count. By time and not by number: a run that went back to an earlier
     iteration leaves higher numbers behind. What cannot be deleted stays, with a warning, and so does everything where
     `latest` is damaged.
+
+    Args:
+        root: the folder of checkpoints.
+        keep: how many stay.
+        lineage: the run.
+        is_whole: where it says no, as many whole ones stay besides.
 
     Returns:
         Names of those deleted.
@@ -79,8 +101,10 @@ def prune_checkpoints(root: Path, keep: int, lineage: Lineage) -> list[str]:
     try:
         named = latest_name(root)
         own = [path for path in root.glob(f"global_step*/{MANIFEST}") if lineage.owns(path.parent)]
-        for path in sorted(own, key=_age)[:-keep]:
-            if path.parent.name != named:
+        own.sort(key=_age)
+        kept = {named, *[path.parent.name for path in own if is_whole(path.parent)][-keep:]}
+        for path in own[:-keep]:
+            if path.parent.name not in kept:
                 doomed = _hidden(path.parent, DELETED)  # so that a kill leaves no half checkpoint under its name
                 path.parent.rename(doomed)
                 _remove(doomed)

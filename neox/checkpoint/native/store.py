@@ -118,7 +118,7 @@ def write_checkpoint(
         _together(team, lambda: finish() if team.rank == 0 else None)
     finally:
         if team.rank == 0:
-            discard(final)
+            discard(temporary)
     return final
 
 

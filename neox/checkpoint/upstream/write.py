@@ -113,12 +113,13 @@ class UpstreamWriter:
         final = root / f"global_step{self._iteration}"
         try:
             folder = begin(final)
-            self._write_files(folder)
-            commit(folder, final)
+            try:
+                self._write_files(folder)
+                commit(folder, final)
+            finally:
+                discard(folder)
         except OSError as error:
             raise CheckpointError(f"{error.filename or final}: cannot be written ({error.strerror or error})") from None
-        finally:
-            discard(final)
         return final
 
     def _write_files(self, folder: Path) -> None:
