@@ -92,5 +92,6 @@ def _print_if_first(error: UserError, lock_path: str, *, name: str) -> None:
 
 
 def tell(message: str) -> None:
-    """Write a line to stderr at once."""
-    print(message, file=sys.stderr, flush=True)
+    """Write a line to stderr at once; where nobody reads it, what starts a run stays with its ranks all the same."""
+    with contextlib.suppress(OSError):
+        print(message, file=sys.stderr, flush=True)

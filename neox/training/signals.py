@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 import torch.distributed as dist
@@ -91,4 +91,9 @@ def _listen(reader: int, signals: Signals) -> None:
         if insistence.is_again(signal.SIGINT):
             os._exit(EXIT_INTERRUPTED)
         if signals.have_met and os.environ.get("RANK", "0") == "0":
-            print("SIGINT: the run ends after its step; a second one ends it now, unsaved", file=sys.stderr, flush=True)
+            with suppress(OSError):  # Ctrl-C ends a `tee` that read it, too
+                print(
+                    "SIGINT: the run ends after its step; a second one ends it now, unsaved",
+                    file=sys.stderr,
+                    flush=True,
+                )

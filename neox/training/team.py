@@ -1,6 +1,7 @@
 """The ranks of a run as those that write and check a checkpoint together."""
 
 import sys
+from contextlib import suppress
 from typing import Any
 
 import torch.distributed as dist
@@ -29,6 +30,7 @@ def thorough_check(mesh: Mesh) -> Check:
 
 
 def tell(mesh: Mesh, line: str) -> None:
-    """Write a line to stderr, once for all ranks."""
+    """Write a line to stderr, once for all ranks; where nobody reads it, the run goes on."""
     if mesh.rank == 0:
-        print(line, file=sys.stderr, flush=True)
+        with suppress(OSError):
+            print(line, file=sys.stderr, flush=True)

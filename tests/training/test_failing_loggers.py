@@ -83,15 +83,23 @@ def test_tensorboard_goes_on_in_another_file(tmp_path: Path, monkeypatch: pytest
     assert [writer.steps for writer in Writer.made] == [[1], [3, 4]]
 
 
-def test_a_defect_and_a_reader_that_left_are_not_hidden(tmp_path: Path) -> None:
+def test_a_reader_of_standard_output_that_left_ends_no_run(tmp_path: Path) -> None:
     class Gone:
         def write(self, text: str) -> int:
             raise BrokenPipeError
 
-        def flush(self) -> None: ...
+        def flush(self) -> None:
+            raise BrokenPipeError
 
-    with pytest.raises(BrokenPipeError):
-        MetricLog([LineSink(10, Gone())]).log(1, {"train/lm_loss": 1.0})  # type: ignore[arg-type]
+    file = JsonLinesSink(tmp_path / "metrics.jsonl")
+    metrics = MetricLog([LineSink(10, Gone()), file])  # type: ignore[arg-type]
+    for step in (1, 2):
+        metrics.log(step, {"train/lm_loss": 1.0})
+    metrics.close()
+    assert len(file.path.read_text().splitlines()) == 2
+
+
+def test_a_defect_is_not_hidden() -> None:
     with pytest.raises(AttributeError):
         MetricLog([LineSink(10, object())]).log(1, {"train/lm_loss": 1.0})  # type: ignore[arg-type]
 

@@ -1,5 +1,6 @@
 """What ranks print: one stream on the terminal, a file of each rank, and nothing of it may end a run."""
 
+import contextlib
 import errno
 import logging
 import os
@@ -16,6 +17,9 @@ import torch
 from ranks import run_ranks
 
 from neox.errors import ConfigError, UserError
+from neox.launch import reporting
+from neox.parallel.mesh import Mesh
+from neox.training import team
 from neox.training.logs.files import AppendedFile, NoteStep, RankFile
 from neox.training.logs.once import Once
 from neox.training.logs.output import logged_output
@@ -161,10 +165,20 @@ def test_what_is_printed_after_the_reader_has_gone_is_in_the_file(
 
     monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=gone, flush=lambda: None))
     with logged_output(settings(save=tmp_path), {}):
-        from neox.watch.client import say
+        print("iteration 3", file=sys.stderr, flush=True)
+    assert "iteration 3" in texts(tmp_path / "logs" / "ranks" / "rank-00000.log")
 
-        say("rank 3 is gone")
-    assert "rank 3 is gone" in texts(tmp_path / "logs" / "ranks" / "rank-00000.log")
+
+def test_lines_that_nobody_reads_end_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as gone:
+        monkeypatch.setattr(sys, "stderr", gone)
+        team.tell(Mesh(device=torch.device("cpu")), "saved")
+        reporting.tell("restart 1 of 3")
+        monkeypatch.undo()
+        with contextlib.suppress(BrokenPipeError):
+            gone.close()  # flushes what it still holds
 
 
 def test_a_line_drawn_over_is_what_it_came_to(tmp_path: Path) -> None:

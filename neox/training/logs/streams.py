@@ -3,6 +3,7 @@
 import os
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, TextIO
 
 from neox.training.logs.files import Copy
@@ -30,25 +31,17 @@ class CopiedStream:
     def write(self, text: str) -> int:
         """Write to both, to the terminal first: files may lie on storage that hangs.
 
-        A terminal that fails ends nothing, as there are the files.
+        A terminal that fails, or a pipe that nobody reads any more, ends nothing, as there are the files: Ctrl-C ends
+        the `tee` behind a run too, which has its last checkpoint still to write.
         """
-        try:
+        with suppress(OSError):
             self._show(text)
-        except BrokenPipeError:
-            self.copy.write(text)
-            raise
-        except OSError:
-            pass
         return self.copy.write(text)
 
     def flush(self) -> None:
         """Flush the terminal; files have nothing to flush."""
-        try:
+        with suppress(OSError):
             self.terminal.flush()
-        except BrokenPipeError:
-            raise
-        except OSError:
-            pass
 
     def __getattr__(self, name: str) -> Any:
         # Whether it is a terminal, its encoding, its number: as without the copies.

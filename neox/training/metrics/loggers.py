@@ -105,8 +105,6 @@ class MetricLog:
         """Act on a sink; one line says that it fails, and it is tried again the next time. Whether it worked."""
         try:
             act()
-        except BrokenPipeError:  # whoever read standard output has gone
-            raise
         except sink.refusals as error:
             if sink not in self._failing:
                 self._failing.add(sink)
@@ -145,8 +143,6 @@ class LineSink:
         """Give up what could not be printed: that fails no run, and `metrics.jsonl` has it."""
         try:
             self.stream.flush()
-        except BrokenPipeError:
-            raise
         except OSError:
             results.drop()
 
