@@ -2,9 +2,10 @@
 
 The three arrays go under upstream's names. A small JSON file beside them says what they were computed from;
 where it does not match the corpus of today (or is absent), the arrays are computed again and never used as
-they are.
+they are. Those of another corpus, split or labels stay: a run may be reading them.
 """
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -76,8 +77,9 @@ def cached_maps(
 ) -> IndexMaps:
     """Return the maps kept under `stem`, computing them first if what is there has another fingerprint.
 
-    One process computes and writes while the others wait. Where the folder cannot be written, each process
-    computes its own in memory and says so. Every process must make this call.
+    One process computes and writes while the others wait. Where `stem` is taken by maps with another fingerprint, these
+    go under a name with a hash of their own, so that no two runs replace each other's order. Where the folder cannot be
+    written, each process computes its own in memory and says so. Every process must make this call.
 
     Args:
         stem: path without `_doc_idx.npy` and the like, see `map_stem`.
@@ -92,7 +94,7 @@ def cached_maps(
     try:
         if coordinator.is_builder(use_shared_fs=use_shared_fs) and _load(stem, wanted, patience) is None:
             built = build()
-            _store(stem, wanted, built)
+            _store(_free_stem(stem, wanted), wanted, built)
     except OSError as error:
         log.warning("%s: cannot keep the sample order here (%s); it stays in memory", stem, error)
     finally:
@@ -110,13 +112,30 @@ def _fingerprint_path(stem: str) -> Path:
 
 def _load(stem: str, wanted: Mapping[str, Any], patience: Patience) -> IndexMaps | None:
     """Return the maps on disk, or None if they are absent, damaged or of another corpus."""
+    for place in (stem, _own_stem(stem, wanted)):
+        if _fingerprint(place) != wanted:
+            continue
+        try:
+            return IndexMaps(**{field: stored_npy(path, patience) for field, path in _paths(place).items()})
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def _fingerprint(stem: str) -> Any:
+    """What the maps under a stem say they were computed from; None where that is absent or damaged."""
     try:
-        if json.loads(_fingerprint_path(stem).read_text()) != wanted:
-            return None
-        arrays = {field: stored_npy(path, patience) for field, path in _paths(stem).items()}
+        return json.loads(_fingerprint_path(stem).read_text())
     except (OSError, ValueError, RecursionError):
         return None
-    return IndexMaps(**arrays)
+
+
+def _own_stem(stem: str, wanted: Mapping[str, Any]) -> str:
+    return f"{stem}_{hashlib.blake2b(json.dumps(wanted, sort_keys=True).encode(), digest_size=8).hexdigest()}"
+
+
+def _free_stem(stem: str, wanted: Mapping[str, Any]) -> str:
+    return stem if _fingerprint(stem) in (None, wanted) else _own_stem(stem, wanted)
 
 
 def _store(stem: str, fingerprint: Mapping[str, Any], maps: IndexMaps) -> None:

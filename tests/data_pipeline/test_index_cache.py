@@ -33,9 +33,21 @@ def test_a_second_call_reads_the_files(tmp_path: Path) -> None:
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("spoil", ["fingerprint", "missing", "truncated", "deep"])
-def test_stale_or_damaged_files_are_rebuilt(spoil: str, tmp_path: Path) -> None:
-    cached_maps(f"{tmp_path}/x", {"layout": "old"}, Builder(seed=2))
+def test_maps_of_another_split_are_not_replaced_while_a_run_reads_them(tmp_path: Path) -> None:
+    maps = cached_maps(f"{tmp_path}/x", {"documents": [0, 50]}, Builder(seed=2))
+    other = cached_maps(f"{tmp_path}/x", {"documents": [0, 40]}, Builder(seed=3))
+    np.testing.assert_array_equal(maps.shuffle_idx, Builder(seed=2)().shuffle_idx)
+    np.testing.assert_array_equal(other.shuffle_idx, Builder(seed=3)().shuffle_idx)
+    again = Builder()
+    for documents, found in (([0, 50], maps), ([0, 40], other)):
+        read = cached_maps(f"{tmp_path}/x", {"documents": documents}, again)
+        np.testing.assert_array_equal(read.shuffle_idx, found.shuffle_idx)
+    assert again.calls == 0
+
+
+@pytest.mark.parametrize("spoil", ["missing", "truncated", "deep"])
+def test_damaged_files_are_rebuilt(spoil: str, tmp_path: Path) -> None:
+    cached_maps(f"{tmp_path}/x", {}, Builder(seed=2))
     file = tmp_path / "x_shuffle_idx.npy"
     if spoil == "missing":
         (tmp_path / "x_fingerprint.json").unlink()  # upstream's files have none: they are not trusted either
@@ -44,7 +56,7 @@ def test_stale_or_damaged_files_are_rebuilt(spoil: str, tmp_path: Path) -> None:
     if spoil == "truncated":
         file.write_bytes(file.read_bytes()[:150])
     builder = Builder()
-    maps = cached_maps(f"{tmp_path}/x", {"layout": "new" if spoil == "fingerprint" else "old"}, builder)
+    maps = cached_maps(f"{tmp_path}/x", {}, builder)
     assert builder.calls == 1
     np.testing.assert_array_equal(maps.shuffle_idx, Builder()().shuffle_idx)
     np.testing.assert_array_equal(np.load(file), maps.shuffle_idx)
