@@ -97,6 +97,7 @@ exec sh -c "${*//%n/0}"
 """
 
 
+@pytest.mark.slow  # `make test-cluster` does it with pdsh itself
 def test_a_hostfile_hands_over_to_the_deepspeed_launcher(tmp_path: Path, corpus: str) -> None:
     pdsh = tmp_path / "bin" / "pdsh"
     pdsh.parent.mkdir()

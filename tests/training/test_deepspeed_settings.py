@@ -27,10 +27,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "deepspeed_extra_args.checkpoint.tag_validation: DeepSpeed refuses it: Checkpoint config contains invalid",
     ),
     ({"deepspeed_extra_args": {"aio": 3}}, "deepspeed_extra_args.aio: DeepSpeed refuses it: it has no use for 3"),
-    (
-        {"deepspeed_extra_args": {"gradient_allreduce_op": "max"}},
-        "deepspeed_extra_args.gradient_allreduce_op: DeepSpeed refuses it: Invalid gradient_allreduce_op",
-    ),
 ]
 
 

@@ -57,8 +57,16 @@ def test_one_process_learns_and_the_clip_binds(
     assert sum(norm > 0.5 for norm in reference.norms) >= 10
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+# Tied ends add up gradients, which plain steps show best; the pairs left to `make test-all` join no other parts.
+PAIRS = [
+    pytest.param("sgd", True, id="sgd-tied"),
+    pytest.param("adamw", False, id="adamw-untied"),
+    pytest.param("sgd", False, id="sgd-untied", marks=pytest.mark.slow),
+    pytest.param("adamw", True, id="adamw-tied", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("optimizer", "tied"), PAIRS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout_equals_one_process(
     corpus: str, references: dict[tuple[str, bool], Curve], layout: str, optimizer: str, tied: bool
